@@ -1,0 +1,88 @@
+"""`sparse_attention`: one process, the whole sequence, differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.backends import Backend, resolve_backend
+from sparse_kernels.pattern import SparsePattern, pad_doc_start
+from sparse_kernels.view import ShardView
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: SparsePattern,
+    *,
+    doc_start: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention restricted to a `SparsePattern`; differentiable in q, k and v.
+
+    Args:
+        q: [B, S, H, D] in float32, bfloat16, float16 or float64.
+        k, v: [B, S, K, D], H a multiple of K.
+        pattern: which keys each query may see; its batch, heads and seq_len must be those of q.
+        doc_start: int64 [B, S], first position of each query's document; None: one document.
+        scale: default D^-0.5.
+        backend: "auto", or a name of `backends()`.
+        return_lse: also return lse [B, H, S], natural log, float32 (no gradient flows through it).
+
+    Returns:
+        out [B, S, H, D] in the dtype of q, or (out, lse).
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
+    """
+    check_shapes(q, k, v, pattern)
+    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
+    blocks = torch.arange(pattern.num_blocks)
+    view = ShardView(pattern, blocks, k_blocks=blocks, inline_columns=True, doc_start=pad_doc_start(doc_start, pattern))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    missing = pattern.num_blocks * pattern.block - pattern.seq_len
+    q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t for t in (q, k, v))
+    out, lse = _SparseAttention.apply(q, k, v, view, scale, chosen)
+    out = out[:, : pattern.seq_len]
+    return (out, lse[:, :, : pattern.seq_len]) if return_lse else out
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern) -> None:
+    """ValueError unless q, k, v are the whole sequence of the pattern."""
+    batch, length, heads, head_dim = q.shape
+    if (batch, length, heads) != (pattern.batch, pattern.seq_len, pattern.heads):
+        raise ValueError(
+            f"q is [batch {batch}, tokens {length}, heads {heads}] but the pattern was made for [batch {pattern.batch}, "
+            f"tokens {pattern.seq_len}, heads {pattern.heads}]; q, k, v are [B, S, heads, D]"
+        )
+    if k.shape != v.shape or k.shape[:2] != (batch, length) or k.shape[3] != head_dim or heads % k.shape[2]:
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{batch}, {length}, num_kv_heads, {head_dim}] with "
+            f"num_kv_heads dividing {heads}"
+        )
+
+
+class _SparseAttention(torch.autograd.Function):
+    """Forward and backward of one view that holds all keys of its queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = backend.forward(q, k, v, view, scale)
+        # Backward gets the float32 out: rowsum(dout * out) must fit the probabilities that lse describes.
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.view, ctx.scale, ctx.backend = view, scale, backend
+        ctx.mark_non_differentiable(lse)
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.backend.backward(dout.contiguous(), q, k, v, out, lse, ctx.view, ctx.scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None

@@ -1,0 +1,93 @@
+"""Who computes: the contract of a backend and the registry. A new backend is one file and one line in `_FACTORIES`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.view import ShardView
+
+State = tuple[Tensor, Tensor]
+
+
+class Backend(ABC):
+    """Computes one `ShardView`. All running values are float32 (float64 for float64 inputs) and deterministic."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def unusable(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """None if this backend can run such inputs here, else the reason it cannot."""
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carry: State | None = None
+    ) -> State:
+        """Attention of the view's queries over the view's keys.
+
+        Args:
+            q: [B, nq * b, H, D].
+            k, v: [B, nk * b, K, D] (key blocks) or [B, U, K, D] (gathered columns).
+            view: which pairs to compute.
+            scale: multiplies the scores after the dot product.
+            carry: (out, lse) of keys already seen; the result then covers both.
+
+        Returns:
+            out [B, nq * b, H, D] and lse [B, H, nq * b], float32; rows without keys give 0 and -inf.
+        """
+
+    @abstractmethod
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, view: ShardView, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients (dq, dk, dv), float32, of this view's pairs, given the *final* out and lse over all keys of the query.
+
+        Because out and lse are final, the gradients of disjoint views add up to the exact gradient.
+        """
+
+
+def _reference() -> Backend:
+    from sparse_kernels.reference_backend import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+def _cpu() -> Backend:
+    from sparse_kernels.cpu import CpuBackend
+
+    return CpuBackend()
+
+
+# In the order in which "auto" tries them. Factories import their backend only when it is asked for.
+_FACTORIES: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": _reference}
+
+
+@cache
+def _instance(name: str) -> Backend:
+    return _FACTORIES[name]()
+
+
+def backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
+    """Every backend by name: None if it is usable for such inputs on this machine, else the reason it is not."""
+    return {name: _instance(name).unusable(torch.device(device), dtype, head_dim) for name in _FACTORIES}
+
+
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The backend of that name, or for "auto" the first usable one. A backend that cannot run is an error, never a switch."""
+    usable = backends(device, dtype, head_dim)
+    if name == "auto":
+        for candidate, reason in usable.items():
+            if reason is None:
+                return _instance(candidate)
+        reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in usable.items())
+        raise ValueError(f"no attention backend can run {dtype} with head_dim {head_dim} on {device} ({reasons})")
+    if name not in usable:
+        raise ValueError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(usable)}")
+    if usable[name] is not None:
+        raise ValueError(f"attention backend {name!r} cannot run here: {usable[name]}; use backend='auto' to pick one that can")
+    return _instance(name)

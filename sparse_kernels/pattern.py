@@ -1,0 +1,196 @@
+"""Sparse attention patterns as data: columns, block diagonals and single blocks, per batch row and query head.
+
+Shape letters used in this package: B batch, S tokens, H query heads, K key-value heads, G = H / K, D head dim, b block (tokens),
+NB = ceil(S / b) blocks, C column slots, E diagonal slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class PatternError(ValueError):
+    """A pattern whose tensors do not describe a mask."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparsePattern:
+    """Which keys each query may attend to, without a mask of size S x S.
+
+    Query i of head h may attend to key j iff ``j <= i``, ``doc_start[i] <= j`` and at least one of: j is in ``columns`` of the
+    head, the block offset ``i // block - j // block`` is in its ``diagonals``, or ``blocks[i // block, j // block]`` is set.
+    The dense mask of one batch row and head, in a few lines::
+
+        i, j = torch.arange(S)[:, None], torch.arange(S)[None, :]
+        offset = i // block - j // block
+        near = torch.isin(offset, diagonals[b, h]) | blocks[b, h][i // block, j // block]
+        mask = (j <= i) & (j >= doc_start[b][:, None]) & (near | torch.isin(j, columns[b, h]))
+
+    Args:
+        seq_len: S, tokens in the sequence (any length >= 1).
+        block: b, tokens per block.
+        columns: int32 [B, H, C], ascending global key positions, padded at the end with ``seq_len``; None: no columns.
+        diagonals: int32 [B, H, E], ascending block offsets, padded at the end with -1; offset 0 must be present, so no row is
+            ever empty. None: only offset 0.
+        blocks: bool [B, H, NB, NB] (query block, key block) or None. Blocks in the future are ignored.
+        full: True promises that every diagonal is present (set by `SparsePattern.dense`), so that a backend may use a dense
+            kernel without looking at tensors on the device.
+    """
+
+    seq_len: int
+    block: int
+    columns: Tensor | None = None
+    diagonals: Tensor | None = None
+    blocks: Tensor | None = None
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1 or self.block < 1:
+            raise PatternError(f"seq_len and block must be at least 1, got seq_len={self.seq_len}, block={self.block}")
+        given = [t for t in (self.columns, self.diagonals, self.blocks) if t is not None]
+        if not given:
+            raise PatternError(
+                "a pattern needs columns, diagonals or blocks to know its batch and heads; for the plain causal mask use "
+                "SparsePattern.dense(batch, heads, seq_len, block)"
+            )
+        batch, heads, device = given[0].shape[0], given[0].shape[1], given[0].device
+        for name, tensor, rank in (("columns", self.columns, 3), ("diagonals", self.diagonals, 3), ("blocks", self.blocks, 4)):
+            if tensor is None:
+                continue
+            if tensor.dim() != rank or tensor.shape[:2] != (batch, heads) or tensor.device != device:
+                raise PatternError(
+                    f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; expected {rank} dimensions starting with "
+                    f"[{batch}, {heads}] on {device}"
+                )
+        if self.columns is None:
+            object.__setattr__(self, "columns", torch.empty(batch, heads, 0, dtype=torch.int32, device=device))
+        if self.diagonals is None:
+            object.__setattr__(self, "diagonals", torch.zeros(batch, heads, 1, dtype=torch.int32, device=device))
+        if self.blocks is not None and self.blocks.shape[2:] != (self.num_blocks, self.num_blocks):
+            raise PatternError(
+                f"blocks has shape {tuple(self.blocks.shape)}; expected [{batch}, {heads}, {self.num_blocks}, {self.num_blocks}] "
+                f"for seq_len={self.seq_len}, block={self.block}"
+            )
+
+    @classmethod
+    def dense(cls, batch: int, heads: int, seq_len: int, block: int, device: torch.device | str = "cpu") -> SparsePattern:
+        """The plain causal mask: every block diagonal, no columns."""
+        num_blocks = -(-seq_len // block)
+        offsets = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(batch, heads, num_blocks)
+        return cls(seq_len, block, diagonals=offsets.contiguous(), full=True)
+
+    @property
+    def batch(self) -> int:
+        """B, batch rows."""
+        assert self.diagonals is not None
+        return self.diagonals.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """H, query heads."""
+        assert self.diagonals is not None
+        return self.diagonals.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """NB = ceil(seq_len / block)."""
+        return -(-self.seq_len // self.block)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index lives."""
+        assert self.diagonals is not None
+        return self.diagonals.device
+
+    def to(self, device: torch.device | str) -> SparsePattern:
+        """The same pattern on another device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return SparsePattern(
+            self.seq_len, self.block, move(self.columns), move(self.diagonals), move(self.blocks), self.full
+        )
+
+    def select(self, heads: slice) -> SparsePattern:
+        """The pattern of a slice of the query heads (views, nothing copied)."""
+        assert self.columns is not None and self.diagonals is not None
+        blocks = None if self.blocks is None else self.blocks[:, heads]
+        return SparsePattern(
+            self.seq_len, self.block, self.columns[:, heads], self.diagonals[:, heads], blocks, self.full
+        )
+
+    def offset_table(self) -> Tensor:
+        """bool [B, H, NB]: is block offset d one of the diagonals?"""
+        assert self.diagonals is not None
+        table = torch.zeros(self.batch, self.heads, self.num_blocks + 1, dtype=torch.bool, device=self.device)
+        # Padding (-1) and offsets beyond the sequence land in the spare last slot.
+        slots = self.diagonals.long()
+        slots = torch.where((slots < 0) | (slots >= self.num_blocks), self.num_blocks, slots)
+        return table.scatter_(2, slots, True)[:, :, : self.num_blocks]
+
+    def block_mask(self, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
+        """bool [B, H, nq, nk]: tiles of the block part (diagonals and blocks) between global block ids, future excluded.
+
+        Ids at or beyond NB (padding of a layout) are never selected.
+        """
+        q_ids, k_ids = q_blocks.to(self.device)[:, None], k_blocks.to(self.device)[None, :]
+        inside = (k_ids <= q_ids) & (q_ids < self.num_blocks)
+        offset = torch.where(inside, q_ids - k_ids, 0)
+        mask = self.offset_table()[:, :, offset]
+        if self.blocks is not None:
+            last = self.num_blocks - 1
+            mask = mask | self.blocks[:, :, q_ids.clamp(max=last), k_ids.clamp(max=last)]
+        return mask & inside
+
+    def to_dense(self, doc_start: Tensor | None = None) -> Tensor:
+        """The mask itself, bool [B, H, S, S]. For tests and small cases: memory is O(S^2).
+
+        Args:
+            doc_start: int64 [B, S], first position of the document each query belongs to; None: one document.
+        """
+        from sparse_kernels.view import ShardView
+
+        every = torch.arange(self.num_blocks)
+        mask = ShardView(self, every, k_blocks=every, inline_columns=True, doc_start=pad_doc_start(doc_start, self)).mask()
+        return mask[:, :, : self.seq_len, : self.seq_len]
+
+    def density(self, doc_start: Tensor | None = None) -> Tensor:
+        """Allowed (query, key) pairs over causal pairs of the same documents, float32 [B, H]. Exact, memory O(S)."""
+        assert self.columns is not None
+        size, b = self.num_blocks, self.block
+        start = torch.zeros(self.batch, self.seq_len, dtype=torch.int64, device=self.device)
+        if doc_start is not None:
+            start = doc_start.to(self.device)
+        row = torch.arange(self.seq_len, device=self.device)
+        causal = (row - start + 1).sum(1, dtype=torch.float64)[:, None]
+        allowed = torch.zeros(self.batch, self.heads, dtype=torch.float64, device=self.device)
+        all_keys = torch.arange(size, device=self.device)
+        for q_block in range(size):
+            rows = slice(q_block * b, min((q_block + 1) * b, self.seq_len))
+            tiles = self.block_mask(torch.tensor([q_block]), all_keys)[:, :, 0]  # [B, H, NB]
+            first = torch.maximum(start[:, rows, None], all_keys * b)
+            last = torch.minimum(row[rows, None], (all_keys + 1) * b - 1)
+            area = (last - first + 1).clamp(min=0).sum(1)  # [B, NB] pairs of each tile that causality and documents allow
+            allowed += (tiles * area[:, None]).sum(2)
+            column = self.columns.long()
+            free = (column < q_block * b) & ~tiles.gather(2, (column // b).clamp(max=size - 1))
+            rows_open = (start[:, None, rows, None] <= column[:, :, None]).sum(2)  # rows of the block that see the column
+            allowed += (free * rows_open).sum(2)
+        return (allowed / causal).float()
+
+
+def pad_doc_start(doc_start: Tensor | None, pattern: SparsePattern) -> Tensor | None:
+    """doc_start int64 [B, S] extended to whole blocks (padding rows see nothing, so the value is free)."""
+    if doc_start is None:
+        return None
+    if tuple(doc_start.shape) != (pattern.batch, pattern.seq_len):
+        raise PatternError(
+            f"doc_start has shape {tuple(doc_start.shape)}; expected [{pattern.batch}, {pattern.seq_len}]: "
+            "for every query the first position of its document"
+        )
+    missing = pattern.num_blocks * pattern.block - pattern.seq_len
+    return torch.nn.functional.pad(doc_start, (0, missing))
