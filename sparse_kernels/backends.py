@@ -79,15 +79,17 @@ def backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> d
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Backend:
     """The backend of that name, or for "auto" the first usable one. A backend that cannot run is an error, never a switch."""
-    usable = backends(device, dtype, head_dim)
+    device = torch.device(device)
     if name == "auto":
+        usable = backends(device, dtype, head_dim)
         for candidate, reason in usable.items():
             if reason is None:
                 return _instance(candidate)
         reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in usable.items())
         raise ValueError(f"no attention backend can run {dtype} with head_dim {head_dim} on {device} ({reasons})")
-    if name not in usable:
-        raise ValueError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(usable)}")
-    if usable[name] is not None:
-        raise ValueError(f"attention backend {name!r} cannot run here: {usable[name]}; use backend='auto' to pick one that can")
+    if name not in _FACTORIES:
+        raise ValueError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(_FACTORIES)}")
+    reason = _instance(name).unusable(device, dtype, head_dim)
+    if reason is not None:
+        raise ValueError(f"attention backend {name!r} cannot run here: {reason}; use backend='auto' to pick one that can")
     return _instance(name)
