@@ -1,0 +1,58 @@
+"""The finished model as a plain Hugging Face directory: any transformers loads it, nothing of mtrain is needed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mtrain.checkpoint import replace_directory, sync_directory
+from mtrain.state import model_tensors
+
+
+def export_model(model: nn.Module, tokenizer: Any, directory: Path, *, training: dict[str, Any] | None = None) -> Path:
+    """Write config.json (with the trained RoPE and length), safetensors, generation config and tokenizer; main process only.
+
+    The directory appears complete or not at all; an earlier export of the same name is replaced at the end.
+
+    Args:
+        model: the unwrapped transformers model.
+        tokenizer: anything with ``save_pretrained``, or None.
+        directory: where it goes.
+        training: what to remember about the training, written to mtrain.json (name, steps, recipe).
+
+    Returns:
+        The directory.
+    """
+    temporary = directory.with_name(f".writing_{directory.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_plain(model, temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    if training is not None:
+        (temporary / "mtrain.json").write_text(json.dumps(training, indent=1, sort_keys=True))
+    for path in (path for path in temporary.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(temporary)
+    replace_directory(temporary, directory)
+    return directory
+
+
+def save_plain(model: Any, directory: Path) -> None:
+    """``save_pretrained`` with the model's own config left as it was and no trace of our attention in the saved one."""
+    config = model.config
+    plain = copy.deepcopy(config)
+    plain._attn_implementation = None
+    plain.use_cache = True
+    try:
+        model.config = plain
+        model.save_pretrained(directory, state_dict={name: t.cpu() for name, t in model_tensors(model).items()})
+    finally:
+        model.config = config

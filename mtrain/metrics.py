@@ -1,0 +1,162 @@
+"""What a run tells: run.jsonl (one line per logged step), TensorBoard, and a progress bar; main process only.
+
+Keys of a line of run.jsonl: step (updates done), loss (mean over the valid target tokens since the last line), lr, grad_norm (before
+clipping, of the last step), tokens (seen so far, all ranks), tokens_per_s, step_s, density (mean over layers; with density_min,
+density_max and density_layers), recall, worker_imbalance, step_imbalance, memory_mb (peak of this process; of the device with CUDA).
+What was not measured is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+RUN_FILE = "run.jsonl"
+
+
+class MetricsLog:
+    """Writes the record of a run. Off the main process it does nothing.
+
+    Args:
+        output: the run's directory; run.jsonl and tensorboard/ go there.
+        enabled: False on every process but the main one.
+        start_step: updates already done; lines of later steps, left by an abandoned attempt, are removed.
+        total_steps: length of the progress bar.
+        tensorboard: also write scalars for TensorBoard (imported only then).
+    """
+
+    def __init__(self, output: Path, *, enabled: bool, start_step: int, total_steps: int, tensorboard: bool) -> None:
+        self.path = output / RUN_FILE
+        self._file, self._board, self._bar = None, None, None
+        if not enabled:
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        keep_lines_until(self.path, start_step)
+        self._file = self.path.open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr, mininterval=1.0
+        )
+
+    def advance(self, shown: Mapping[str, str]) -> None:
+        """One step done; ``shown`` goes beside the progress bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add one line, on disk at once (a killed run keeps what it has told)."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({key: rounded(value) for key, value in record.items() if value is not None}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._board.add_scalar(f"train/{key}", value, record["step"])
+
+    def say(self, text: str) -> None:
+        """A line for people that does not tear the progress bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for part in (self._file, self._board, self._bar):
+            if part is not None:
+                part.close()
+        self._file, self._board, self._bar = None, None, None
+
+
+class Window:
+    """Sums over the steps since the last logged line."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self.loss_sum, self.targets, self.tokens, self.steps = 0.0, 0, 0, 0
+        self.started = time.perf_counter()
+
+    def add(self, loss: float, targets: int, tokens: int) -> None:
+        """One step: its mean loss, the valid targets behind that mean, and the tokens processed."""
+        self.loss_sum += loss * targets
+        self.targets += targets
+        self.tokens += tokens
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Mean loss per valid target, tokens per second, seconds per step."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return {
+            "loss": self.loss_sum / max(self.targets, 1),
+            "tokens_per_s": self.tokens / seconds,
+            "step_s": seconds / max(self.steps, 1),
+        }
+
+
+def density_summary(layers: Sequence[float] | None) -> dict[str, Any]:
+    """Mean, extremes and the per-layer list of densities (allowed / causal pairs); empty when there are none."""
+    if not layers:
+        return {}
+    return {
+        "density": sum(layers) / len(layers),
+        "density_min": min(layers),
+        "density_max": max(layers),
+        "density_layers": list(layers),
+    }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on the device with CUDA, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of a run.jsonl beyond ``step``, and a last line that a killed process left unfinished."""
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a run.jsonl; an unfinished last line is ignored."""
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}:{number}: not JSON: {line[:80]!r}; this file is written by mtrain only"
+                ) from None
+    return records
+
+
+def rounded(value: Any) -> Any:
+    """Floats to 7 significant digits (JSON has no nan: those become None), lists element by element."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value

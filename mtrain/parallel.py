@@ -1,0 +1,297 @@
+"""Processes: who they are, how they form dp x outer x inner, and what they must agree on.
+
+The only file that reads the environment (what torchrun and `accelerate launch` set), and with comm.py the only place where
+training talks through torch.distributed. Rank = (dp_rank * outer + outer_index) * inner + inner_index, so a ring is a run of
+neighbouring ranks and its inner part stays inside a node.
+
+Where FSDP2 and ZeRO will go: `World.prepare` is the one place that wraps the model (today: DistributedDataParallel through
+Accelerate), `World.grad_divisor` is what its engine divides gradients by, `World.no_sync` is how it skips a reduction. The
+checkpoint already takes files from every rank (checkpoint.py), so a sharded engine adds a writer there, not a new format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from mtrain.comm import ProcessRing, Ring, SingleRing
+from mtrain.errors import LaunchError
+from mtrain.recipe import ParallelRecipe, Recipe
+from mtrain.topology import RingTopology
+
+# What gloo, NCCL and torch's store say when a peer is gone or late. Gloo raises a bare RuntimeError, so words must do.
+_LOST_PEER = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|transport/tcp|process group", re.IGNORECASE
+)
+_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+def launched_world_size() -> int:
+    """How many processes the launcher says there are (1 without a launcher)."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(parallel: ParallelRecipe, world_size: int) -> None:
+    """Refuse a launch whose processes do not make dp x outer x inner.
+
+    Raises:
+        LaunchError: names both sizes and the nearest recipe values and launch commands that fit.
+    """
+    dp, outer, inner = parallel.dp, parallel.outer, parallel.inner
+    wanted = dp * outer * inner
+    if world_size == wanted:
+        return
+    ring = outer * inner
+    fits = [f"launch {wanted} (accelerate launch --num_processes {wanted})"]
+    if world_size % ring == 0:
+        fits.append(f"set parallel.dp={world_size // ring}")
+    elif world_size % (dp * outer) == 0:
+        fits.append(f"set parallel.inner={world_size // (dp * outer)}")
+    else:
+        fits.append(f"set parallel.dp=1 parallel.outer=1 parallel.inner={world_size}")
+    hint = ""
+    if world_size == 1:
+        hint = (
+            "; `accelerate launch --cpu` and MULTI_CPU files start one process only: on a CPU use a file like "
+            "recipes/accelerate/cpu_2.yaml"
+        )
+    raise LaunchError(
+        f"the recipe asks for dp {dp} x outer {outer} x inner {inner} = {wanted} processes, but {world_size} "
+        f"{'is' if world_size == 1 else 'are'} running: {', or '.join(fits)}{hint}"
+    )
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Start (or join) the process group and return the Accelerator on it.
+
+    Without CUDA everything runs on the CPU over Gloo; with CUDA over NCCL, and host-side agreement still goes over Gloo.
+    Mixed precision stays with the trainer (torch.autocast): the recipe decides it, not the launch file.
+
+    Raises:
+        LaunchError: the number of processes does not fit the recipe, or Accelerate did not see all of them.
+    """
+    world_size = launched_world_size()
+    check_world_size(recipe.parallel, world_size)
+    timeout = timedelta(seconds=recipe.parallel.timeout_s)
+    _init_process_group(world_size, timeout)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            # Every rank computes its buffers (rotary frequencies) itself: broadcasting them each step buys nothing.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    if accelerator.num_processes != world_size:
+        raise LaunchError(
+            f"the launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}: without a GPU use "
+            "`distributed_type: MULTI_GPU` in the launch file as recipes/accelerate/cpu_2.yaml does"
+        )
+    return accelerator
+
+
+def _init_process_group(world_size: int, timeout: timedelta) -> None:
+    """Our own start, for two reasons: keys of a restarted attempt must not meet those of the dead one (with --max-restarts
+    Gloo otherwise connects to ports that are gone), and CPU tensors need Gloo beside NCCL."""
+    if world_size == 1 or dist.is_initialized():
+        return
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"could not start {world_size} processes within parallel.timeout_s={timeout.total_seconds():g}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run and this one's place among them.
+
+    Attributes:
+        accelerator: Accelerate's handle: device, model wrapping, launcher's view.
+        dp: data-parallel replicas of the ring.
+        dp_rank: which replica this process belongs to.
+        ring: the sequence-parallel ring this process computes attention on.
+    """
+
+    accelerator: Accelerator
+    dp: int
+    dp_rank: int
+    ring: Ring
+
+    @property
+    def rank(self) -> int:
+        """Global rank of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all rings."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints, logs and renames."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def grad_divisor(self) -> int:
+        """Ranks the gradient engine averages over: a loss s / N must be multiplied by it (design: the loss rule)."""
+        return self.world_size
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Place the model on the device and wrap it for gradient reduction. The seam for FSDP2 and ZeRO."""
+        with self.waiting_for("all ranks to register the model with the gradient engine"):
+            return self.accelerator.prepare_model(model)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Inside it, backward only accumulates gradients locally (every micro-batch but the last)."""
+        return self.accelerator.no_sync(model)
+
+    def all_reduce(self, x: Tensor, op: str = "sum", *, what: str = "an all-reduce") -> Tensor:
+        """A new tensor: ``x`` combined over all ranks by "sum", "max" or "min"."""
+        total = x.detach().clone()
+        if self.world_size > 1:
+            with self.waiting_for(what):
+                dist.all_reduce(total, _REDUCE[op])
+        return total
+
+    def all_gather(self, x: Tensor, *, what: str = "an all-gather") -> Tensor:
+        """[world_size, *x.shape]: every rank's ``x`` (same shape and dtype everywhere), in rank order."""
+        if self.world_size == 1:
+            return x.detach().clone()[None]
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        with self.waiting_for(what):
+            dist.all_gather(parts, x.detach().contiguous())
+        return torch.stack(parts)
+
+    def gather_json(self, value: Any, *, what: str = "a message from every rank") -> list[Any]:
+        """Every rank's JSON value, in rank order. JSON and not pickle, over host memory (Gloo)."""
+        if self.world_size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(n) for n in self.all_gather(torch.tensor([data.numel()]), what=what)]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = self.all_gather(padded, what=what)
+        return [json.loads(bytes(part[:n].tolist()).decode()) for part, n in zip(parts, sizes, strict=True)]
+
+    def barrier(self, what: str) -> None:
+        """Wait until every rank is here; ``what`` names the wait when it fails."""
+        self.gather_json(None, what=what)
+
+    def require_same(self, name: str, value: str) -> None:
+        """Refuse to go on when ranks disagree on ``value`` (a recipe, a version, an input).
+
+        Raises:
+            LaunchError: names the ranks that differ from rank 0.
+        """
+        fingerprints = self.gather_json(fingerprint(value), what=f"all ranks to compare their {name}")
+        odd = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
+        if odd:
+            raise LaunchError(
+                f"{name} differs between processes: rank(s) {odd} do not agree with rank 0; start every process with the same "
+                "recipe, overrides and code"
+            )
+
+    def require_same_in_ring(self, name: str, value: str) -> None:
+        """Refuse to go on when the ranks of one ring disagree on ``value``, for example on the sample they are to share.
+
+        Raises:
+            LaunchError: names the ring and the ranks that differ from its first one.
+        """
+        fingerprints = self.gather_json(fingerprint(value), what=f"all ranks to compare their {name}")
+        size = self.ring.world_size
+        for ring in range(self.dp):
+            members = fingerprints[ring * size : (ring + 1) * size]
+            odd = [ring * size + i for i, other in enumerate(members) if other != members[0]]
+            if odd:
+                raise LaunchError(
+                    f"{name} differs inside ring {ring}: rank(s) {odd} do not hold what rank {ring * size} holds; every rank of "
+                    "a ring must be fed the same samples (a streaming loader that deals batches out to processes breaks this)"
+                )
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Turn the transport's error inside the block into one that says who was waiting for what.
+
+        Raises:
+            LaunchError: a peer died or did not answer within parallel.timeout_s. Other errors pass unchanged.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or _LOST_PEER.search(str(error))):
+                raise
+            raise LaunchError(
+                f"rank {self.rank} lost a peer while waiting for {what}: {_first_line(error)}; look for the first error among "
+                "the other ranks, then start again (the newest complete checkpoint is resumed)"
+            ) from error
+
+    def close(self) -> None:
+        """Leave the process group (a clean end; after an error the process just exits)."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def make_world(recipe: Recipe) -> World:
+    """Start the processes of a recipe and check that they agree on it.
+
+    Raises:
+        LaunchError: wrong number of processes, a peer that does not come, or ranks with different recipes or versions.
+    """
+    accelerator = make_accelerator(recipe)
+    parallel = recipe.parallel
+    topology = RingTopology(parallel.outer, parallel.inner)
+    size = topology.world_size
+    dp_rank = accelerator.process_index // size
+    ring: Ring
+    if size == 1:
+        ring = SingleRing()
+    else:
+        ring = ProcessRing.create(topology, timedelta(seconds=parallel.timeout_s))
+    world = World(accelerator, parallel.dp, dp_rank, ring)
+    world.require_same("the torch version", torch.__version__)
+    world.require_same("the recipe", json.dumps(recipe.to_dict(), sort_keys=True))
+    return world
+
+
+def fingerprint(value: str) -> str:
+    """SHA-256 of a text, in hex."""
+    return hashlib.sha256(value.encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
