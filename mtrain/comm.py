@@ -379,3 +379,14 @@ def _unpack(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         result.append(buffer[offset : offset + size].view(tensor.dtype).view(tensor.shape))
         offset += size
     return result
+
+
+def process_group_backends() -> dict[str, str | None]:
+    """What processes could talk over on this machine: name -> None if usable, else the reason it is not."""
+    if not dist.is_available():
+        return dict.fromkeys(("gloo", "nccl"), "this torch was built without torch.distributed")
+    no_nccl = None if torch.cuda.is_available() else "no CUDA device"
+    return {
+        "gloo": None if dist.is_gloo_available() else "this torch was built without gloo",
+        "nccl": no_nccl if dist.is_nccl_available() else "this torch was built without NCCL",
+    }

@@ -62,10 +62,14 @@ def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name: from the installed package, or from the checkout it is run in."""
+    """The recipes that come with the package, by name (`quickstart`, `folder/name`): from the installed package, or from the
+    checkout it is run in."""
     package = Path(mtrain.__file__).parent
     folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), package)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {
+        name: path for name, path in found.items() if not name.startswith("accelerate/")
+    }  # those configure launches
 
 
 def find_recipe(name: str) -> Path:
@@ -74,10 +78,9 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    if path.parts[:-1] == ("recipes",) and path.suffix == ".yaml" and path.stem in shipped:
-        return shipped[path.stem]
+    short = name.removeprefix("recipes/").removesuffix(".yaml")
+    if short in shipped:
+        return shipped[short]
     if path.is_dir():
         raise RecipeError(f"{name} is a directory; name a recipe file in it")
     beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -206,7 +209,7 @@ def _convert_union(options: tuple[Any, ...], node: Node, path: str) -> Any:
     """null, the section that its `kind` (or the only one there is) names, or the first scalar type that fits."""
     if node.is_null and type(None) in options:
         return None
-    sections: list[type[Any]] = [option for option in options if dataclasses.is_dataclass(option)]
+    sections = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     if sections and isinstance(node.value, dict):
         if len(sections) == 1:
             return _section(sections[0], node, path)

@@ -1,7 +1,8 @@
 """YAML as text with line numbers: a tree that keeps what was written and where, and decides no types.
 
-YAML guesses types (`1e-5` is text, `no` is false, `12:30:45` is 45045, of two equal keys the last one wins). Here a scalar stays the
-text that was written until the reader knows which type the recipe wants. Tags and aliases are refused: no code, no blow-up.
+YAML guesses types: `1e-5` is text, `no` is false, `12:30:45` is 45045, and of two equal keys the last one wins. Here a scalar
+stays the text that was written until the reader knows which type the recipe wants. Tags and aliases are refused: no code, no
+blow-up.
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+# Everything a person or a machine does with this repository. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The versions the project was tested with. On a GPU machine install the torch that fits its driver into $(VENV) first, then
+# `make env CONSTRAINTS=`.
+CONSTRAINTS ?= -c constraints.txt
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread per process: ranks share the cores, and waiting ranks must not spin on them. Nothing is downloaded but packages.
+export OMP_NUM_THREADS := 1
+export OMP_WAIT_POLICY := PASSIVE
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test check lint format gpu exactness bench clean
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## make the environment in .venv (nothing to do when it is there)
+
+$(STAMP): setup.py pyproject.toml $(wildcard constraints.txt)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
+	  f"mtrain needs Python 3.10 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.11 env")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+quickstart: env ## a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin
+	$(BIN)/python scripts/quickstart.py
+
+test: env ## every test that can run on this machine (README's test command; CI runs it)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS) tests
+
+check: lint ## before a commit: lint, types and the quick tests
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS) tests
+
+lint: env ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env ## wrap and sort as ruff does
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+gpu: env ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
+
+exactness: env ## print the exactness matrix: every pattern, layout, schedule and topology against the float64 truth
+	$(BIN)/python scripts/exactness.py
+
+bench: env ## print the benchmarks: CPU kernels against dense attention, and the balancer
+	$(BIN)/python scripts/bench_cpu.py
+	$(BIN)/python scripts/bench_balance.py
+
+clean: ## remove what can be made again, the environment excepted
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -exec rm -rf {} +

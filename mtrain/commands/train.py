@@ -1,0 +1,27 @@
+"""Train a model as a recipe says: alone on one process, or on dp x outer x inner processes under `accelerate launch`.
+
+mtrain train quickstart train.steps=20
+accelerate launch --config_file recipes/accelerate/cpu_2.yaml -m mtrain train quickstart parallel.inner=2
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from mtrain.cli import add_recipe_arguments, split_words
+from mtrain.recipe import load_recipe
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_recipe_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end of the recipe (or to checkpoint.stop_after)."""
+    recipe, overrides = split_words(args.words)
+    loaded = load_recipe(recipe, overrides)  # before torch is imported: a misspelt key costs no waiting
+    from mtrain.trainer import train
+
+    train(loaded)
+    return 0
