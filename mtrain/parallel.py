@@ -95,8 +95,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timeout),
-            # Every rank computes its buffers (rotary frequencies) itself: broadcasting them each step buys nothing.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     if accelerator.num_processes != world_size:
@@ -148,22 +147,23 @@ class World:
     @property
     def rank(self) -> int:
         """Global rank of this process."""
-        return self.accelerator.process_index
+        return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
         """Processes over all rings."""
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
         """True in the one process that prints, logs and renames."""
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     @property
     def grad_divisor(self) -> int:
@@ -173,11 +173,22 @@ class World:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Place the model on the device and wrap it for gradient reduction. The seam for FSDP2 and ZeRO."""
         with self.waiting_for("all ranks to register the model with the gradient engine"):
-            return self.accelerator.prepare_model(model)
+            prepared: nn.Module = self.accelerator.prepare_model(model)
+            return prepared
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Inside it, backward only accumulates gradients locally (every micro-batch but the last)."""
-        return self.accelerator.no_sync(model)
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate through the gradient engine."""
+        self.accelerator.backward(loss)
+
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale the (already averaged) gradients to at most ``max_norm`` and return the global norm before that."""
+        norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        return norm
 
     def all_reduce(self, x: Tensor, op: str = "sum", *, what: str = "an all-reduce") -> Tensor:
         """A new tensor: ``x`` combined over all ranks by "sum", "max" or "min"."""
