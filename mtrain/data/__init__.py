@@ -1,0 +1,24 @@
+"""Training data: tokenizers, documents, synthetic tasks, packing, and the loader that makes batches of them."""
+
+from mtrain.data.loader import Batch, Entry, Loader, build_loader, held_out_rows
+from mtrain.data.packing import IGNORE, Row, Sample
+from mtrain.data.retrieval import Prompts, RetrievalTask, retrieval_prompts
+from mtrain.data.sources import SourceContext, build_source
+from mtrain.data.tokenizer import load_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Entry",
+    "Loader",
+    "Prompts",
+    "RetrievalTask",
+    "Row",
+    "Sample",
+    "SourceContext",
+    "build_loader",
+    "build_source",
+    "held_out_rows",
+    "load_tokenizer",
+    "retrieval_prompts",
+]
