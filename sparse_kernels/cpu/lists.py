@@ -1,0 +1,304 @@
+"""Which key rows each (batch row, head, query block) of a view reads: lists of about equal length, batched into chunks.
+
+An *item* is one (batch row, head, local query block), numbered ``(b * H + h) * nq + block``. Its list holds rows of the key tensor
+seen as [B * R * K, D] (R local key rows): the tokens of its tiles, then its columns that no tile covers. The diagonal tile is left
+to a causal call when the view holds it at the same place (`ListPlan.causal_diagonal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.cpu.flash import MASKED
+from sparse_kernels.view import ShardView, block_positions
+
+# Bytes of gathered keys and values per call: enough to amortise the call, small enough to stay in the cache.
+CHUNK_BYTES = 2 << 20
+# Multiply-adds that cost about as much as one more call: lists are padded to a common length while that is the cheaper choice.
+CALL_MACS = 2 << 20
+# Entries of the boolean selection (query blocks x key blocks and columns) looked at in one go.
+SELECTION_ENTRIES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one call: B, H, K, D, key rows R, local query blocks nq, tokens per block b, bytes per number."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    key_rows: int
+    num_q_blocks: int
+    block: int
+    itemsize: int
+
+    @property
+    def token_budget(self) -> int:
+        """Most list entries held at once: as many bytes as q has, so that the index stays O(S)."""
+        return max(1 << 20, self.batch * self.heads * self.num_q_blocks * self.block * self.head_dim * self.itemsize // 4)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Items computed by one call.
+
+    items: int64 [N] item numbers.
+    rows: int32 [N, n] key rows; entries beyond the length of a list repeat its first row.
+    lengths: int64 [N] list lengths; None when every list has n entries.
+    bounded: some key of some item is outside the bounds (causal, document) of some of its query rows.
+    """
+
+    items: Tensor
+    rows: Tensor
+    lengths: Tensor | None
+    bounded: bool
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What a range of query blocks reads. tiles [B, H, n, nk], columns [B, H, n, C] bool; column_rows [B, H, C] local key rows."""
+
+    tiles: Tensor
+    columns: Tensor
+    column_rows: Tensor
+    bounded: Tensor  # bool [B, H, n]
+
+    def lengths(self, block: int) -> Tensor:
+        """int64 [B, H, n] entries of each list."""
+        return self.tiles.sum(-1) * block + self.columns.sum(-1)
+
+
+class ListPlan:
+    """The chunks of one view. Small plans are kept on the view, so that the backward finds the forward's."""
+
+    def __init__(self, view: ShardView, geometry: Geometry) -> None:
+        self.view, self.geometry = view, geometry
+        self.causal_diagonal = view.k_blocks is not None and torch.equal(view.q_blocks, view.k_blocks)
+        self.first_open, self.last_open = self._document_bounds()
+        self._kept: list[Chunk] | None = None
+
+    @classmethod
+    def of(cls, view: ShardView, geometry: Geometry) -> ListPlan:
+        """The plan kept on the view, or a new one."""
+        plan = view.__dict__.get("_cpu_plan")
+        if plan is None or plan.geometry != geometry:
+            plan = cls(view, geometry)
+            object.__setattr__(view, "_cpu_plan", plan)
+        return plan
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Every list of the view, each item in exactly one chunk, in a fixed order."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        number = self.geometry.num_q_blocks
+        keys = self.view.pattern.num_blocks if self.view.k_blocks is None else len(self.view.k_blocks)
+        columns = self.view.pattern.columns
+        assert columns is not None
+        per_block = self.geometry.batch * self.geometry.heads * (keys + columns.shape[2])
+        step = max(1, SELECTION_ENTRIES // per_block)
+        kept: list[Chunk] | None = [] if step >= number else None
+        for low in range(0, number, step):
+            for panel in self._panels(low, min(low + step, number)):
+                kept = panel if kept == [] else None
+                yield from panel
+        self._kept = kept
+
+    def bounded_diagonal(self) -> Tensor | None:
+        """bool [B, nq]: query blocks in which a document starts, so that their diagonal tile is listed and not causal."""
+        if self.view.doc_start is None:
+            return None
+        return self.last_open > self.view.q_blocks * self.geometry.block
+
+    def row_mask(self, chunk: Chunk, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores [N, 1, b, n] of a chunk: 0 or `MASKED`; None when every pair counts."""
+        if chunk.lengths is None and not chunk.bounded:
+            return None
+        number, width = chunk.rows.shape
+        allowed = torch.ones(number, 1, width, dtype=torch.bool)
+        if chunk.lengths is not None:
+            allowed = (torch.arange(width) < chunk.lengths[:, None])[:, None]
+        if chunk.bounded:
+            query, start = self._query_bounds(chunk.items)
+            key = self._key_positions(chunk.rows)[:, None]
+            allowed = allowed & (key <= query[..., None]) & (key >= start[..., None])
+        mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, MASKED)
+        return mask[:, None].expand(number, 1, self.geometry.block, width)
+
+    def _document_bounds(self) -> tuple[Tensor, Tensor]:
+        """int64 [B, nq] each: the smallest and the largest document start among the real rows of each query block."""
+        g, view = self.geometry, self.view
+        if view.doc_start is None:
+            zero = torch.zeros(1, 1, dtype=torch.int64).expand(g.batch, g.num_q_blocks)
+            return zero, zero
+        start = view.doc_start.view(g.batch, g.num_q_blocks, g.block)
+        dead = (view.q_positions >= view.pattern.seq_len).view(g.num_q_blocks, g.block)
+        return start.masked_fill(dead, view.pattern.seq_len).amin(2), start.masked_fill(dead, 0).amax(2)
+
+    def _query_bounds(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [N, b] each: global positions and document starts of the query rows of these items."""
+        g = self.geometry
+        block = items % g.num_q_blocks
+        query = self.view.q_blocks[block, None] * g.block + torch.arange(g.block)
+        if self.view.doc_start is None:
+            return query, torch.zeros_like(query)
+        start = self.view.doc_start.view(g.batch, g.num_q_blocks, g.block)
+        return query, start[items // (g.num_q_blocks * g.heads), block]
+
+    def _key_positions(self, rows: Tensor) -> Tensor:
+        """int64 global positions of flattened key rows."""
+        g, view = self.geometry, self.view
+        if view.k_blocks is not None:
+            return block_positions(view.k_blocks, g.block)[rows.long() // g.kv_heads % g.key_rows]
+        assert view.column_positions is not None
+        return view.column_positions.transpose(1, 2).flatten()[rows.long()]
+
+    def _panels(self, low: int, high: int) -> Iterator[list[Chunk]]:
+        """Chunks of the query blocks low..high, in panels whose lists fit the token budget."""
+        selection = self._select(low, high)
+        lengths = selection.lengths(self.geometry.block)
+        if high - low > 1 and int(lengths.sum()) > self.geometry.token_budget:
+            middle = (low + high) // 2
+            yield from self._panels(low, middle)
+            yield from self._panels(middle, high)
+        else:
+            yield self._build(selection, lengths, low)
+
+    def _select(self, low: int, high: int) -> _Selection:
+        """Tiles and columns that the query blocks low..high read from the lists."""
+        view, block = self.view, self.geometry.block
+        q_ids = view.q_blocks[low:high]
+        first, last = self.first_open[:, None, low:high, None], self.last_open[:, None, low:high, None]
+        if view.k_blocks is None:
+            cover = view.pattern.block_mask(q_ids, torch.arange(view.pattern.num_blocks))
+            tiles, bounded = cover[..., :0], torch.zeros(cover.shape[:3], dtype=torch.bool)
+        else:
+            k_ids = view.k_blocks
+            cover = view.pattern.block_mask(q_ids, k_ids)
+            tiles, edge = cover, q_ids[:, None] == k_ids
+            if view.doc_start is not None:
+                tiles = tiles & ((k_ids + 1) * block > first)
+                edge = edge | (k_ids * block < last)
+            if self.causal_diagonal:
+                causal = (q_ids[:, None] == k_ids) & (k_ids * block >= last)
+                tiles = tiles & ~causal
+            bounded = (tiles & edge).any(-1)
+        columns, column_rows = self._select_columns(q_ids, cover, first)
+        if view.doc_start is not None and columns.shape[3]:
+            assert view.pattern.columns is not None
+            bounded = bounded | (columns & (view.pattern.columns[:, :, None] < last)).any(-1)
+        return _Selection(tiles, columns, column_rows, bounded)
+
+    def _select_columns(self, q_ids: Tensor, cover: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """(bool [B, H, n, C], local key rows int64 [B, H, C]) of the columns that no tile in ``cover`` holds."""
+        view, block = self.view, self.geometry.block
+        assert view.pattern.columns is not None
+        column = view.pattern.columns.long()
+        if view.k_blocks is not None and not view.inline_columns:
+            column = column[:, :, :0]
+        known = (column < view.pattern.seq_len) & (torch.nn.functional.pad(column, (1, 0), value=-1)[..., :-1] < column)
+        home = (column // block).clamp(max=view.pattern.num_blocks - 1)
+        if view.k_blocks is not None:
+            slot = torch.full((view.pattern.num_blocks,), -1)
+            real = view.k_blocks < view.pattern.num_blocks
+            slot[view.k_blocks[real]] = torch.arange(len(view.k_blocks))[real]
+            home = slot[home]
+            rows, known = home * block + column % block, known & (home >= 0)
+        else:
+            rows, known = self._find_columns(column, known)
+        if not column.shape[2]:
+            return torch.zeros(cover.shape[:3] + (0,), dtype=torch.bool), column
+        covered = cover.gather(3, home.clamp(min=0)[:, :, None].expand(-1, -1, len(q_ids), -1))
+        # The query block's own tile is always a tile (offset 0), so columns count only before it.
+        before = (column[:, :, None] < q_ids[:, None] * block) & (q_ids < view.pattern.num_blocks)[:, None]
+        chosen = known[:, :, None] & before & ~covered
+        return (chosen if view.doc_start is None else chosen & (column[:, :, None] >= first)), rows
+
+    def _find_columns(self, column: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each head's columns lie among the gathered rows of its key-value head, and whether they are there."""
+        held = self.view.column_positions
+        assert held is not None
+        held = held.repeat_interleave(self.geometry.heads // held.shape[1], 1).contiguous()
+        if not held.shape[2]:
+            return torch.zeros_like(column), torch.zeros_like(known)
+        rows = torch.searchsorted(held, column.contiguous()).clamp(max=held.shape[2] - 1)
+        return rows, known & (held.gather(2, rows) == column)
+
+    def _build(self, selection: _Selection, lengths: Tensor, low: int) -> list[Chunk]:
+        """Chunks of one panel: items sorted by length, lists written straight into the padded rows of their chunk."""
+        g = self.geometry
+        count, flat_bounded = lengths.flatten(), selection.bounded.flatten()
+        order = torch.argsort(count + flat_bounded * (int(count.max()) + 1), descending=True, stable=True)
+        order = order[count[order] > 0]
+        if not len(order):
+            return []
+        spans = _spans(count[order].tolist(), int(flat_bounded.sum()), g)
+        widths = torch.tensor([width for _, _, width in spans])
+        sizes = torch.tensor([high - low for low, high, _ in spans])
+        width_of_item = widths.repeat_interleave(sizes)
+        ends = width_of_item.cumsum(0)
+        base = torch.zeros_like(count)
+        base[order] = ends - width_of_item
+        rows = self._write_rows(selection, base, int(ends[-1]))
+        panel = lengths.shape[2]
+        item = order // panel * g.num_q_blocks + order % panel + low
+        chunks, offset = [], 0
+        for (start, stop, width), size in zip(spans, sizes.tolist(), strict=True):
+            here = rows[offset : offset + size * width].view(size, width)
+            offset += size * width
+            length: Tensor | None = count[order[start:stop]]
+            assert length is not None
+            if int(length.min()) == width:
+                length = None
+            else:
+                here = torch.where(torch.arange(width) < length[:, None], here, here[:, :1])
+            chunks.append(Chunk(item[start:stop], here, length, bool(flat_bounded[order[start]])))
+        return chunks
+
+    def _write_rows(self, selection: _Selection, base: Tensor, total: int) -> Tensor:
+        """int32 [total]: tile tokens, then columns, of every list, starting at ``base`` [items of the panel]."""
+        g = self.geometry
+        rows = torch.zeros(total, dtype=torch.int32)
+        kv_head = torch.arange(g.heads, dtype=torch.int32) // (g.heads // g.kv_heads)
+        origin = torch.arange(g.batch, dtype=torch.int32)[:, None] * (g.key_rows * g.kv_heads) + kv_head  # [B, H]
+        tile_count, column_count = selection.tiles.sum(-1).flatten(), selection.columns.sum(-1).flatten()
+        step = torch.arange(g.block, dtype=torch.int32)
+        if selection.tiles.shape[3]:
+            tile = torch.arange(selection.tiles.shape[3], dtype=torch.int32) * (g.block * g.kv_heads)
+            value = (origin[:, :, None, None] + tile).expand(selection.tiles.shape)[selection.tiles]
+            before = tile_count.cumsum(0) - tile_count
+            place = (base - before * g.block).repeat_interleave(tile_count) + torch.arange(len(value)) * g.block
+            rows[place[:, None] + step] = value[:, None] + step * g.kv_heads
+        if selection.columns.shape[3]:
+            column = (origin[:, :, None] + selection.column_rows * g.kv_heads).int()
+            value = column[:, :, None].expand(selection.columns.shape)[selection.columns]
+            before = column_count.cumsum(0) - column_count
+            place = (base + tile_count * g.block - before).repeat_interleave(column_count) + torch.arange(len(value))
+            rows[place] = value
+        return rows
+
+
+def _spans(count: list[int], num_bounded: int, g: Geometry) -> list[tuple[int, int, int]]:
+    """(first, last + 1, width) of the chunks over items sorted by length, bounded ones first.
+
+    A chunk ends when its gathered rows are large enough, or when padding the next list to the common width would cost more
+    than a call of its own.
+    """
+    spans, start = [], 0
+    while start < len(count):
+        stop = num_bounded if start < num_bounded else len(count)
+        width = count[start]
+        row_bytes = g.itemsize * (2 * g.head_dim + (g.block if start < num_bounded else 0))
+        stop = min(stop, start + max(1, CHUNK_BYTES // (width * row_bytes)))
+        waste, end = 0, start + 1
+        while end < stop and waste < CALL_MACS:
+            waste += (width - count[end]) * g.block * g.head_dim
+            end += 1
+        spans.append((start, end, width))
+        start = end
+    return spans
