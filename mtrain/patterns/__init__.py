@@ -2,6 +2,21 @@
 
 from mtrain.patterns.a_shape import a_shape_pattern
 from mtrain.patterns.budget import Budget, Coverage, TopK
+from mtrain.patterns.plan import PATTERNS, Pattern, PatternPlan, Site, budget_of
+from mtrain.patterns.recall import measure_recall, spaced_rows
 from mtrain.patterns.vertical_slash import estimate_vertical_slash
 
-__all__ = ["Budget", "Coverage", "TopK", "a_shape_pattern", "estimate_vertical_slash"]
+__all__ = [
+    "PATTERNS",
+    "Budget",
+    "Coverage",
+    "Pattern",
+    "PatternPlan",
+    "Site",
+    "TopK",
+    "a_shape_pattern",
+    "budget_of",
+    "estimate_vertical_slash",
+    "measure_recall",
+    "spaced_rows",
+]

@@ -1,4 +1,6 @@
-"""The static A-shape pattern: the first tokens of each document and a local band (StreamingLLM, Xiao et al., arXiv 2309.17453)."""
+"""The static A-shape pattern: the first tokens of each document and a local band.
+
+From StreamingLLM (Xiao et al., arXiv 2309.17453)."""
 
 from __future__ import annotations
 
@@ -29,11 +31,13 @@ def a_shape_pattern(
     """
     if min(batch, heads, seq_len, block) < 1 or min(sink, local) < 0:
         raise MtrainError(
-            f"a_shape needs batch, heads, seq_len, block >= 1 and sink, local >= 0, got {batch}, {heads}, {seq_len}, {block}, "
-            f"{sink}, {local}"
+            f"a_shape needs batch, heads, seq_len, block >= 1 and sink, local >= 0, got "
+            f"{batch}, {heads}, {seq_len}, {block}, {sink}, {local}"
         )
     if doc_start is not None and tuple(doc_start.shape) != (batch, seq_len):
-        raise MtrainError(f"doc_start has shape {tuple(doc_start.shape)}; expected the whole sequence, [{batch}, {seq_len}]")
+        raise MtrainError(
+            f"doc_start has shape {tuple(doc_start.shape)}; expected the whole sequence, [{batch}, {seq_len}]"
+        )
     return a_shape_of(Documents(seq_len, doc_start), batch, heads, block, sink=sink, local=local, device=device)
 
 
@@ -43,4 +47,6 @@ def a_shape_of(
     """`a_shape_pattern` with the documents at hand."""
     size = documents.seq_len
     nothing = torch.zeros(batch, heads, size + -(-size // block), dtype=torch.bool, device=device)
-    return Selection(nothing[..., :size], nothing[..., size:]).pattern(documents, block, sink=sink, local=local, most_columns=0)
+    return Selection(nothing[..., :size], nothing[..., size:]).pattern(
+        documents, block, sink=sink, local=local, most_columns=0
+    )

@@ -32,8 +32,8 @@ class Coverage:
     Args:
         p: 0 < p <= 1.
         floor: keep at least so many (forced sinks and locals come on top).
-        cap: keep at most so many, even when the mass then stays below p; None: no limit. On a GPU a cap also bounds the memory
-            of the index, whose size must be known without asking the device.
+        cap: keep at most so many, even when the mass then stays below p; None: no limit. On a GPU a cap also bounds the
+            memory of the index, whose size must be known without asking the device.
     """
 
     p: float
@@ -89,8 +89,8 @@ def smallest_cover(scores: Tensor, p: float, floor: int = 0, cap: int | None = N
     """bool like ``scores``: per row the smallest set whose sum is at least ``p`` times the row's sum.
 
     Args:
-        scores: int64 [..., n], >= 0, with row sums below 2**53. Integers, because only their sums are exact in any order: the
-            answer then never depends on how the work was shared or on which device it ran.
+        scores: int64 [..., n], >= 0, with row sums below 2**53. Integers, because only their sums are exact in any
+            order: the answer then never depends on how the work was shared or on which device it ran.
 
     Equal scores: lower index first. No host synchronisation, static shapes.
     """

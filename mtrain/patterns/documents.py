@@ -33,8 +33,8 @@ class Documents:
             return cls(placement.seq_len)
         if doc_start.dim() != 2 or doc_start.shape[1] != placement.local_len:
             raise MtrainError(
-                f"doc_start has shape {tuple(doc_start.shape)}; expected [batch, {placement.local_len}]: for each of this "
-                "rank's tokens the first position of its document"
+                f"doc_start has shape {tuple(doc_start.shape)}; expected [batch, {placement.local_len}]: for each of "
+                "this rank's tokens the first position of its document"
             )
         return cls(placement.seq_len, placement.whole(doc_start.int(), 1).long())
 
@@ -58,8 +58,8 @@ class Documents:
         return self.start.gather(1, rows.clamp(0, self.seq_len - 1))
 
     def last_rows(self, count: int) -> tuple[Tensor, Tensor]:
-        """The longest documents: int64 [B, count] their last rows, longest first (ties: earlier first), and int64 [B] how many
-        there are, at most ``count``; entries beyond that are meaningless."""
+        """The longest documents: int64 [B, count] their last rows, longest first (ties: earlier first), and int64 [B]
+        how many there are, at most ``count``; entries beyond that are meaningless."""
         assert self.start is not None
         start = self.start
         position = torch.arange(self.seq_len, device=start.device)
@@ -94,10 +94,11 @@ class Probes:
     def place(cls, documents: Documents, batch: int, probe: int, spread: int, device: torch.device) -> Probes:
         """Choose the probe rows; every rank chooses the same.
 
-        One document: the last ``probe`` rows. Packed documents: ``probe`` is split evenly into four windows, dealt in turn to
-        the four longest documents of the row, longest first; a document that gets several windows (there are fewer documents)
-        has them back to back, from its end backwards. So a row with a single document has exactly the last ``probe`` rows. A
-        window longer than its document goes on into the rows before it, which see their own document.
+        One document: the last ``probe`` rows. Packed documents: ``probe`` is split evenly into four windows, dealt in
+        turn to the four longest documents of the row, longest first; a document that gets several windows (there are
+        fewer documents) has them back to back, from its end backwards. So a row with a single document has exactly the
+        last ``probe`` rows. A window longer than its document goes on into the rows before it, which see their own
+        document.
 
         ``spread`` adds so many windows of ``probe`` rows that end at S * g // (spread + 1), g = 1 .. spread.
         """

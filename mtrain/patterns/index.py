@@ -1,4 +1,4 @@
-"""From chosen keys and offsets to the index lists of a pattern, with static shapes and no host synchronisation on a device."""
+"""From chosen keys and offsets to the index lists of a pattern: static shapes, no host synchronisation on a device."""
 
 from __future__ import annotations
 
@@ -39,17 +39,22 @@ class Selection:
         """The pattern, with the first ``sink`` keys of each document and the distances 0..``local`` forced in.
 
         Args:
-            most_columns: an upper bound of the columns chosen here, if one is known: it bounds the list on a GPU, where counting
-                would wait for the device. On a CPU the lists are as long as the longest head needs.
+            most_columns: an upper bound of the columns chosen here, if one is known: it bounds the list on a GPU, where
+                counting would wait for the device. On a CPU the lists are as long as the longest head needs.
         """
         size, device = documents.seq_len, self.columns.device
         columns = self.columns | documents.sinks(sink, device)[:, None] if sink else self.columns
-        offsets = self.offsets | (torch.arange(self.offsets.shape[-1], device=device) <= last_local_offset(local, block))
+        offsets = self.offsets | (
+            torch.arange(self.offsets.shape[-1], device=device) <= last_local_offset(local, block)
+        )
         slots = size
         if most_columns is not None:
             slots = min(size, most_columns + documents.most_sinks(sink))
         return SparsePattern(
-            size, block, columns=index_lists(columns, slots, fill=size), diagonals=index_lists(offsets, offsets.shape[-1], fill=-1)
+            size,
+            block,
+            columns=index_lists(columns, slots, fill=size),
+            diagonals=index_lists(offsets, offsets.shape[-1], fill=-1),
         )
 
 
@@ -59,7 +64,7 @@ def last_local_offset(local: int, block: int) -> int:
 
 
 def lower_distances(distances: Tensor, block: int) -> Tensor:
-    """bool [..., NB] block offsets of token distances bool [..., S]: s lowers to s // b and, when s % b != 0, to s // b + 1."""
+    """bool [..., NB] block offsets of token distances bool [..., S]: s // b and, when s % b != 0, also s // b + 1."""
     size = distances.shape[-1]
     padded = torch.nn.functional.pad(distances, (0, -size % block)).unflatten(-1, (-1, block))
     here, beyond = padded.any(-1), padded[..., 1:].any(-1)

@@ -49,8 +49,8 @@ class Placement:
         ring = ring or SingleRing()
         if (layout.ranks, layout.block, layout.local_len) != (ring.world_size, block, local_len):
             raise MtrainError(
-                f"the layout is for {layout.ranks} ranks, blocks of {layout.block} and shards of {layout.local_len} tokens; got "
-                f"{ring.world_size} ranks, blocks of {block} and shards of {local_len} tokens"
+                f"the layout is for {layout.ranks} ranks, blocks of {layout.block} and shards of {layout.local_len} "
+                f"tokens; got {ring.world_size} ranks, blocks of {block} and shards of {local_len} tokens"
             )
         order = (layout.owner * layout.blocks_per_rank + layout.slot)[: layout.num_blocks]
         return cls(ring, layout, layout.seq_len, block, layout.blocks(ring.rank), order)
@@ -72,8 +72,8 @@ class Placement:
     def rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Rows [B, R, ...] of a sharded x [B, n, ...] at global positions ``rows`` [B, R], on every rank.
 
-        One all-reduce of the result, to which exactly one rank contributes each row, so that nothing is rounded. Positions
-        outside the sequence give some row of it.
+        One all-reduce of the result, to which exactly one rank contributes each row, so that nothing is rounded.
+        Positions outside the sequence give some row of it.
         """
         rows = rows.clamp(0, self.seq_len - 1)
         if self.layout is None:

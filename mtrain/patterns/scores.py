@@ -1,10 +1,10 @@
 """How much attention the probe rows give to every key and to every token distance, shared over the ranks by key ranges.
 
-Every rank scores the key blocks it holds for all heads, then each rank collects the scores of some heads. Two rules make the
-result bit for bit the same for any number of ranks and any layout:
+Every rank scores the key blocks it holds for all heads, then each rank collects the scores of some heads. Two rules
+make the result bit for bit the same for any number of ranks and any layout:
 
-* Dot products and exponentials are computed in tiles of one fixed shape, a number of whole blocks padded to aligned sizes, so that
-  a block's numbers never depend on which other blocks happen to be held beside it.
+* Dot products and exponentials are computed in tiles of one fixed shape, a number of whole blocks padded to aligned
+  sizes, so that a block's numbers never depend on which other blocks happen to be held beside it.
 * Everything that is summed is first cut to a fixed-point integer, because only integer sums are exact in any order.
 """
 
@@ -25,7 +25,7 @@ TILE_TOKENS = {"cpu": 1024}
 TILE_TOKENS_ELSEWHERE = 16384
 # Matrix sides are padded to this many elements: a BLAS may sum in another order when a block is not aligned.
 ALIGN = 16
-# Scores of the local keys are kept between the passes when they fit in this; otherwise they are computed again, bit for bit.
+# Scores of the local keys are kept between the passes when they fit in this; otherwise they are computed again.
 KEEP_BYTES = 1 << 26
 # Sums must stay exact in float64 too (the coverage target is computed in it).
 MANTISSA = 52
@@ -38,8 +38,8 @@ class Scores:
     Attributes:
         columns: int64 [u, S]: the attention that all probe rows together give to each key.
         slashes: int64 [u, S]: the same by distance between query and key.
-        units: the unit of each row; B * heads of them in all, consecutive and shared out evenly by rank. Rows beyond the last
-            unit are zero.
+        units: the unit of each row; B * heads of them in all, consecutive and shared out evenly by rank. Rows beyond
+            the last unit are zero.
     """
 
     columns: Tensor
@@ -56,9 +56,10 @@ def probe_scores(
         q: shard [B, n, H, D]; k: shard [B, n, K, D].
         share: add the scores of the query heads of one key-value head; units are then key-value heads.
 
-    Communication with W ranks, in bytes handed over per rank: all-reduces of B*R*H*D*4 (probe rows), B*K*Rp*4 (row maxima) and
-    B*K*Rp*8 (row sums), and one all-to-all of W*ceil(U/W) * n/b * (b + sum over windows of (b + m - 1)) * 8, where R are the
-    probe rows, Rp = G*R rounded up to 16, U = B * H (or B * K when shared) and m the rows of a window (float64 inputs: 8 for 4).
+    Communication with W ranks, in bytes handed over per rank: all-reduces of B*R*H*D*4 (probe rows), B*K*Rp*4 (row
+    maxima) and B*K*Rp*8 (row sums), and one all-to-all of W*ceil(U/W) * n/b * (b + sum over windows of (b + m - 1)) *
+    8, where R are the probe rows, Rp = G*R rounded up to 16, U = B * H (or B * K when shared) and m the rows of a
+    window (float64 inputs: 8 for 4).
     """
     pass_ = _Pass(q, k, probes, documents, placement, scale)
     ring = placement.ring
@@ -122,8 +123,8 @@ class _Pass:
         return sums
 
     def partial_scores(self, sums: Tensor, share: bool) -> Tensor:
-        """int64 [B, heads, n / b, b + sum of (b + m - 1)]: per key block the column scores, then each window's scores by
-        b + m - 1 distances (see `_distances`)."""
+        """int64 [B, heads, n / b, b + sum of (b + m - 1)]: per key block the column scores, then each window's scores
+        by b + m - 1 distances (see `_distances`)."""
         one = MANTISSA - self.rows.bit_length()
         unit = 2.0 ** (MANTISSA - self.placement.seq_len.bit_length() + one)
         factor = torch.where(sums > 0, unit / sums.double(), 0.0).to(self.dtype)
@@ -186,7 +187,8 @@ class _Pass:
         return logits.masked_fill_(self._hidden(b, tile), -torch.inf)
 
     def _hidden(self, b: int, tile: int) -> Tensor:
-        """bool [tile_blocks, Rp, bp]: the probe row does not see the key (future, other document, or one of them is padding)."""
+        """bool [tile_blocks, Rp, bp]: the probe row does not see the key (future, other document, or one of them is
+        padding)."""
         if self._mask_of != (b, tile):
             first, b_len, device = tile * self.tile_blocks, self.block, self.q.device
             ids = self.placement.blocks[first : first + self.tile_blocks]
@@ -202,11 +204,11 @@ class _Pass:
 
 
 def _tile_scores(weights: Tensor, skewed: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
-    """Sum fixed-point weights [c, G, R, b] over rows and over rows of equal distance: int64 [c, G, b + sum (b + m - 1)].
+    """Sum weights [c, G, R, b] over rows and along equal distances: int64 [c, G, b + sum (b + m - 1)], fixed point.
 
-    A window's rows run backwards from its last row e: row r is query e - r. So query - key is constant along r + key, and a sum over
-    equal r + c (c: place of the key in its block) is a sum over a distance. Shifting row r by r places does it: the rows lie in a
-    buffer that is m wider than the block, read with a row length one shorter.
+    A window's rows run backwards from its last row e: row r is query e - r. So query - key is constant along r + key,
+    and a sum over equal r + c (c: place of the key in its block) is a sum over a distance. Shifting row r by r places
+    does it: the rows lie in a buffer that is m wider than the block, read with a row length one shorter.
     """
     columns: Tensor | None = None
     parts: list[Tensor] = []
@@ -250,8 +252,8 @@ def _collect(partial: Tensor, probes: Probes, placement: Placement, heads: int) 
 def _distances(partial: Tensor, block: int, index: Tensor) -> Tensor:
     """One window's scores by distance, int64 [u, S], from its scores by key block [u, NB, b + m - 1].
 
-    Slot t of block J holds r + c = t, that is query e - r and key J * b + c with query - key = e - (J * b + t). Neighbouring blocks
-    overlap by m - 1 slots, which are added; ``index`` [u, S] is e - distance.
+    Slot t of block J holds r + c = t, that is query e - r and key J * b + c with query - key = e - (J * b + t).
+    Neighbouring blocks overlap by m - 1 slots, which are added; ``index`` [u, S] is e - distance.
     """
     blocks, width = partial.shape[1:]
     steps = -(-width // block)

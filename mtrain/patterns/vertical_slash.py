@@ -1,7 +1,8 @@
-"""Vertical-slash estimation: which keys (columns) and which distances (slashes) a head attends to, from a few probe rows.
+"""Vertical-slash estimation: which keys (columns) and distances (slashes) a head attends to, from a few probe rows.
 
-The observation that long-context heads attend to a few key positions and a few diagonals, and that the last query rows show which,
-is from MInference (Jiang et al., arXiv 2407.02490); using it online while training from MTraining (arXiv 2510.18830).
+The observation that long-context heads attend to a few key positions and a few diagonals, and that the last query rows
+show which, is from MInference (Jiang et al., arXiv 2407.02490); using it online while training from MTraining (arXiv
+2510.18830).
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ def estimate_vertical_slash(
     share: str | None = None,
     scale: float | None = None,
 ) -> SparsePattern:
-    """The vertical-slash pattern of one layer, per batch row and query head. No gradient; scores in float32 (float64 stays).
+    """The vertical-slash pattern of one layer, per batch row and query head. No gradient; float32 (float64 stays).
 
-    With P the softmax of the probe rows over the keys they may see (causal, same document), a key's column score is the mean over
-    probe rows of P[:, j], and a distance's slash score the mean of the mass at i - j = s. The budget picks columns and token
-    distances separately; a distance s is lowered to the block offsets s // b and, when s % b != 0, s // b + 1. Then sinks and locals
-    are forced. Equal scores: lower index first.
+    With P the softmax of the probe rows over the keys they may see (causal, same document), a key's column score is the
+    mean over probe rows of P[:, j], and a distance's slash score the mean of the mass at i - j = s. The budget picks
+    columns and token distances separately; a distance s is lowered to the block offsets s // b and, when s % b != 0, s
+    // b + 1. Then sinks and locals are forced. Equal scores: lower index first.
 
     Args:
         q, k: [B, S, H, D] and [B, S, K, D] after rotary embedding; with ring and layout this rank's shards.
@@ -52,9 +53,10 @@ def estimate_vertical_slash(
         probe: the last so many rows of the sequence are probe rows; with documents see `Probes.place`.
         probe_spread: so many more groups of probe rows, placed evenly.
         doc_start: int64 [B, S] (or shard) first position of each token's document.
-        ring, layout: who holds the rest; every rank of the ring makes this call and gets, bit for bit, the index that one process
-            computes from the whole sequence. Communication is stated in `mtrain.patterns.scores.probe_scores`; then each rank
-            all-gathers ceil(U / W) * ceil((S + NB) / 8) bytes of chosen bits.
+        ring, layout: who holds the rest; every rank of the ring makes this call and gets, bit for bit, the index that
+            one process computes from the whole sequence. Communication is stated in
+            `mtrain.patterns.scores.probe_scores`; then each rank all-gathers ceil(U / W) * ceil((S + NB) / 8) bytes of
+            chosen bits.
         share: "kv_head": the query heads of a key-value head share one pattern, chosen by their averaged scores.
         scale: default D^-0.5.
 
@@ -85,7 +87,8 @@ def select_vertical_slash(
     share: str | None = None,
     scale: float | None = None,
 ) -> Selection:
-    """`estimate_vertical_slash` before sinks and locals are forced; documents and placement are prepared once for all layers."""
+    """`estimate_vertical_slash` before sinks and locals are forced; documents and placement are prepared once for all
+    layers."""
     q, k = q.detach(), k.detach()
     batch, _, heads, head_dim = q.shape
     probes = Probes.place(documents, batch, probe, probe_spread, q.device)
@@ -108,10 +111,16 @@ def _by_head(chosen: Tensor, batch: int, scored: int, group: int) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, block: int, probe: int, share: str | None) -> None:
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or q.shape[:2] != k.shape[:2]
+        or q.shape[3] != k.shape[3]
+        or q.shape[2] % k.shape[2]
+    ):
         raise MtrainError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, S, heads, D] and [B, S, num_kv_heads, D] with num_kv_heads "
-            "dividing heads"
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, S, heads, D] and [B, S, num_kv_heads, D] with "
+            "num_kv_heads dividing heads"
         )
     if block < 1 or probe < 1:
         raise MtrainError(f"block and probe must be at least 1, got block={block}, probe={probe}")
