@@ -80,7 +80,8 @@ def parse(text: str, name: str, numbered: bool = True) -> Node:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark is not None and numbered else name
         reason = " ".join(part for part in (error.problem, error.context) if part)
-        raise RecipeError(f"{where}: not valid YAML: {reason}") from None
+        hint = "; quote the value if it is a glob" if "alias" in reason else ""
+        raise RecipeError(f"{where}: not valid YAML: {reason}{hint}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{name}:{line}: not valid YAML: character #x{error.character:04x} is not allowed") from None

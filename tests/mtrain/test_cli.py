@@ -1,0 +1,186 @@
+"""The command line: one line and a non-zero exit for every mistake, and nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mtrain.comm
+from mtrain.cli import COMMANDS, main, split_words
+from mtrain.commands.inspect import warnings
+from mtrain.errors import DataError, MtrainError
+from mtrain.recipe import Recipe, load_recipe, recipe_from_dict
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """`mtrain train` hands its recipe to this list instead of a trainer."""
+    seen: list[Recipe] = []
+
+    def train(recipe: Recipe) -> dict[str, float]:
+        seen.append(recipe)
+        return {"loss": 1.0}
+
+    monkeypatch.setitem(sys.modules, "mtrain.trainer", types.SimpleNamespace(train=train))
+    return seen
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def train(recipe: Recipe) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "mtrain.trainer", types.SimpleNamespace(train=train))
+
+
+def test_train_hands_over_the_recipe(trained: list[Recipe]) -> None:
+    assert main(["train", "quickstart", "train.steps=77", "train.lr=1e-5"]) == 0
+    assert main(["train"]) == 0
+    assert main(["train", "train.steps=78"]) == 0
+    assert main(["train", str(ROOT / "recipes" / "quickstart.yaml"), "--debug", "train.steps=79"]) == 0
+    steps = load_recipe("quickstart").train.steps
+    assert [recipe.train.steps for recipe in trained] == [77, steps, 78, 79]
+    assert trained[0].train.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "nowhere/recipe.yaml"], "no recipe nowhere/recipe.yaml"),
+        (["train", "quikstart"], "did you mean quickstart?"),
+        (["train", "quickstart", "train.stepps=3"], "did you mean 'train.steps'?"),
+        (["train", "quickstart", "train.steps"], "expected key=value after the recipe quickstart, got 'train.steps'"),
+        (["train", "quickstart", "second.yaml"], "got 'second.yaml'"),
+        (["train", "quickstart", "train.lr=fast"], "must be a number (1e-5 is fine); got fast"),
+        (["train", "quickstart", "--fast"], "unrecognized arguments: --fast (see mtrain --help)"),
+        (["inspect", "quickstart", "seed=-1"], "seed: must be at least 0, got -1"),
+        (["trian", "quickstart"], "unknown command 'trian'; did you mean 'train'?"),
+        (["quickstart"], "unknown command 'quickstart'; commands: train, inspect, doctor"),
+        (["--version-of-what"], "required: COMMAND (see mtrain --help)"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    argv: list[str], message: str, trained: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("mtrain: error: ") and err.count("\n") == 1 and out == ""
+    assert trained == []
+
+
+def test_errors_of_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(monkeypatch, DataError("a.jsonl:7: not JSON\n  (quarantine it)"))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "mtrain: error: a.jsonl:7: not JSON (quarantine it)\n"
+    with pytest.raises(DataError):
+        main(["train", "--debug"])
+    fail_with(monkeypatch, KeyboardInterrupt())
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "mtrain: interrupted\n"
+    # A defect of ours is not dressed up as a user's mistake.
+    fail_with(monkeypatch, ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_words() -> None:
+    assert split_words([]) == ("quickstart", [])
+    assert split_words(["a=1"]) == ("quickstart", ["a=1"])
+    assert split_words(["x.yaml", "a=1", "b=c=d"]) == ("x.yaml", ["a=1", "b=c=d"])
+    assert split_words(["runs/lr=1e-5/recipe.yaml"]) == ("runs/lr=1e-5/recipe.yaml", [])
+    with pytest.raises(MtrainError, match="expected key=value"):
+        split_words(["x.yaml", "y.yaml"])
+
+
+def test_inspect_prints_a_recipe_that_loads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["inspect", "quickstart", "parallel.inner=3", "train.seq_len=1000", "train.lr=1e-5"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    recipe = load_recipe("quickstart", argv[2:])
+    assert recipe_from_dict(yaml.safe_load(printed)) == recipe
+    (tmp_path / "again.yaml").write_text(printed)
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert "# processes               3 = dp 1 x outer 1 x inner 3" in printed
+    assert "384 of 1,000 (+ 152 padding)" in printed  # 16 blocks of 64 over 3 ranks: 6 each
+    assert "# warning: max_position_embeddings 512 is below train.seq_len 1000" in printed
+
+
+def test_warnings() -> None:
+    assert warnings(load_recipe("qwen2.5-3b-512k")) == []
+    found = warnings(
+        load_recipe(
+            "quickstart",
+            ["attention={pattern: a_shape, layout: contiguous, sink: 256, local: 256}", "parallel.inner=9",
+             "model.dtype=bfloat16", "checkpoint.every=0", "train.steps=1001"],
+        )
+    )  # fmt: skip
+    for words in ("8 blocks for 9 ranks", "attention is dense", "first rank nearly idle", "1/256", "loses all of 1001"):
+        assert any(words in warning for warning in found), (words, found)
+
+
+def test_doctor_reports_versions_backends_and_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch        " in printed and "MISSING" not in printed
+    assert "reference yes" in printed and "quickstart" in printed
+    assert {"gloo", "nccl"} == set(mtrain.comm.process_group_backends())
+    monkeypatch.setattr("mtrain.commands.doctor.REQUIRED", ("torch", "no-such-package"))
+    assert main(["doctor"]) == 1
+    assert "no-such-package MISSING: pip install no-such-package" in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from mtrain.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "try: main(['train', 'quickstart', 'train.stepps=1'])\n"
+        "finally: print([m for m in ('torch', 'transformers', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert all(f"    {name} " in done.stdout for name in COMMANDS)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout
+
+
+def test_module_entry_point() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mtrain", "train", "missing.yaml"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("mtrain: error: no recipe missing.yaml;") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["cpu_2", "cpu_4", "gpu_1", "gpu_8"])
+def test_launch_files_start_as_many_processes_as_they_say(name: str) -> None:
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text())
+    processes = int(name.split("_")[1])
+    assert config["num_processes"] == processes
+    # A CPU type, or use_cpu, starts one process and says nothing.
+    assert config["distributed_type"] == ("MULTI_GPU" if processes > 1 else "NO") and "use_cpu" not in config
+    assert config["mixed_precision"] == "no"  # quoted in the file: a bare no is false in YAML
+
+
+@pytest.mark.slow
+def test_a_launch_that_does_not_fit_the_recipe_is_refused(tmp_path: Path) -> None:
+    """Real `accelerate launch` with two processes and a recipe for three."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
+    words = ["-m", "mtrain", "train", "quickstart", "parallel.inner=3", f"output={tmp_path}"]
+    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    refusal = "mtrain: error: the recipe asks for dp 1 x outer 1 x inner 3 = 3 processes, but 2 are running"
+    assert refusal in done.stderr, done.stderr[-3000:]
+    assert "set parallel.inner=2" in done.stderr
+
+
+def test_recipes_are_plain_json() -> None:
+    assert json.loads(json.dumps(load_recipe("quickstart").to_dict()))["train"]["seq_len"] == 512
