@@ -23,7 +23,8 @@ class CorpusSource(Source):
 
     Each epoch is the documents in a new order, one after the other. With packing, row r is tokens r*S .. (r+1)*S of that
     endless stream, so no token is ever left out; a document cut by the end of a row goes on in the next row. Without
-    packing each row is one piece of at most S tokens of one document, padded. ``length`` shortens documents (curriculum).
+    packing each row is one piece of at most S tokens of one document, padded; ``full_pieces`` leaves the shorter ones out.
+    ``length`` shortens documents (curriculum).
     """
 
     def __init__(
@@ -38,15 +39,18 @@ class CorpusSource(Source):
         packing: bool = True,
         length: int | None = None,
         shuffle: bool = True,
+        full_pieces: bool = False,
     ) -> None:
-        self.name, self.seed, self.seq_len, self.packing, self.shuffle = name, seed, seq_len, packing, shuffle
+        self.name, self.seed, self.seq_len, self.shuffle = name, seed, seq_len, shuffle
+        self.packing = packing and not full_pieces
         self.piece = min(length or seq_len, seq_len)
         self.store, self.pad = store, pad_id(tokenizer)
         self.documents = np.arange(len(store.hashes)) if documents is None else documents
         lengths = store.lengths()[self.documents]
-        self._sizes = lengths if packing else -(-lengths // self.piece)
+        pieces = lengths // self.piece if full_pieces else -(-lengths // self.piece)
+        self._sizes = lengths if self.packing else pieces
         if int(self._sizes.sum()) == 0:
-            raise DataError(f"data: {name} has no documents to train on")
+            raise DataError(f"data: {name} has no document" + (f" of {self.piece} tokens" if full_pieces else ""))
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def row(self, index: int) -> Row:

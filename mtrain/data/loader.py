@@ -9,7 +9,7 @@ else: not on the number of processes, not on how the run was cut into sessions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mtrain.data.packing import Row
 from mtrain.data.source import Source, seeded
-from mtrain.data.sources import SourceContext, build_source, source_names
+from mtrain.data.sources import SYNTHETIC, SourceContext, build_source, source_names
 from mtrain.errors import DataError
 
 if TYPE_CHECKING:
-    from mtrain.recipe import Recipe
+    from mtrain.recipe import DataRecipe, Recipe
 
 _VERSION = 1
 
@@ -183,19 +183,20 @@ class Loader:
         return numbers
 
 
-def build_loader(
+def make_loader(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     dp_rank: int = 0,
     dp_size: int | None = None,
+    *,
     cache_dir: Path | str | None = None,
     progress: bool = True,
 ) -> Loader:
-    """The training loader of a recipe for one data-parallel rank.
+    """The training loader of a recipe for one data-parallel rank (of ``recipe.parallel.dp`` unless ``dp_size`` says otherwise).
 
-    ``cache_dir`` keeps the tokens of corpora over 32 MB (built by the first process that gets there; let one process per
-    machine go first). Everything that can be wrong with the data's place, format or options is raised here, as DataError.
+    ``cache_dir`` (default: ``tokens`` in the recipe's output) keeps the tokens of corpora over 32 MB; of the processes of a
+    machine one tokenises while the others wait. Everything that can be wrong with the place, the format or the options of
+    the data is raised here, as DataError; a streamed dataset alone is checked while it is read.
     """
     context = SourceContext(
         tokenizer,
@@ -203,7 +204,7 @@ def build_loader(
         seed=recipe.seed,
         packing=recipe.data.packing,
         held_out=False if recipe.data.validation_rows else None,
-        cache_dir=Path(cache_dir) if cache_dir is not None else None,
+        cache_dir=Path(recipe.output) / "tokens" if cache_dir is None else Path(cache_dir),
         progress=progress,
     )
     entries = [
@@ -221,35 +222,44 @@ def build_loader(
 
 
 def held_out_rows(
-    recipe: Recipe,
+    data: DataRecipe,
     tokenizer: PreTrainedTokenizerBase,
-    count: int | None = None,
+    count: int,
+    seq_len: int,
     *,
     kinds: Sequence[str] | None = None,
+    single_document: bool = False,
     seed: int = 0,
     cache_dir: Path | str | None = None,
     progress: bool = True,
 ) -> Batch:
-    """``count`` validation rows (default data.validation_rows) as one batch, disjoint from the training documents.
+    """``count`` validation rows of ``seq_len`` tokens as one batch, shared out evenly over the sources.
 
-    ``kinds`` limits them to sources of these kinds, for example ``["python-stdlib"]`` for the loss on text; rows are
-    shared out evenly over the sources. They depend on ``seed`` and not on the recipe's, so that runs can be compared.
+    Their documents are never trained on: always for python-stdlib, and for other text when the training recipe sets
+    ``data.validation_rows``. ``kinds`` limits the sources; by default those that read text, or all if none does.
+    ``single_document``: each row is a full-length piece of one document (``doc_start`` 0 everywhere, no padding), for
+    evaluation without a document mask. The rows depend on ``seed`` and not on a run's seed, so that runs compare.
     """
-    count = recipe.data.validation_rows if count is None else count
+    if kinds is None:
+        kinds = sorted({source.kind for source in data.sources} - SYNTHETIC) or sorted(SYNTHETIC)
     context = SourceContext(
         tokenizer,
-        recipe.train.seq_len,
+        seq_len,
         seed=seed,
-        packing=recipe.data.packing,
+        packing=data.packing,
         held_out=True,
+        single_document=single_document,
         cache_dir=Path(cache_dir) if cache_dir is not None else None,
         progress=progress,
     )
-    named = zip(recipe.data.sources, source_names(recipe.data.sources), strict=True)
-    wanted = [(source, name) for source, name in named if kinds is None or source.kind in kinds]
-    if not wanted or count < 1:
-        have = ", ".join(sorted({source.kind for source in recipe.data.sources}))
-        raise DataError(f"data: no held-out rows for kinds {kinds} and count {count}; the recipe's sources are {have}")
-    sources = [build_source(source, name, context) for source, name in wanted]
+    named = zip(data.sources, source_names(data.sources), strict=True)
+    sources = [
+        build_source(replace(source, length=None), name, context) for source, name in named if source.kind in kinds
+    ]
+    if not sources or count < 1:
+        have = ", ".join(sorted({source.kind for source in data.sources}))
+        raise DataError(
+            f"data: no held-out rows: count {count}, kinds {', '.join(kinds)}; the recipe's sources are {have}"
+        )
     picks = [(sources[i % len(sources)], i // len(sources)) for i in range(count)]
     return Batch.of([source.row(i) for source, i in picks], 0, range(count), [source.name for source, _ in picks])

@@ -92,6 +92,8 @@ class RetrievalMaker:
         self.symbols = (
             symbols_of(tokenizer, task.alphabet) if task.task == "pairs" or task.haystack == "symbols" else None
         )
+        if task.haystack == "symbols" and self.symbols is not None and len(self.symbols.fillers) == 0:
+            raise DataError("data: this tokenizer has no word left for a haystack of symbols; use `haystack: stdlib`")
         self.head = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int64)
         self.hay = stdlib_text(TokenizerKey(tokenizer), held_out) if task.haystack == "stdlib" else None
 

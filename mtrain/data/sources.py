@@ -31,6 +31,7 @@ from mtrain.errors import DataError
 if TYPE_CHECKING:
     from mtrain.recipe import SourceRecipe
 
+SYNTHETIC = frozenset({"retrieval", "induction"})
 _CACHE_FROM_BYTES = 32 << 20
 
 
@@ -39,6 +40,7 @@ class SourceContext:
     """What every source needs to know beside its own recipe entry.
 
     ``held_out`` True: validation rows; False: training rows that leave the validation documents out; None: all documents.
+    ``single_document``: rows are full-length pieces of one document each (text only).
     ``cache_dir``: where big corpora keep their tokens (None: in memory).
     """
 
@@ -46,6 +48,7 @@ class SourceContext:
     seq_len: int
     seed: int = 0
     packing: bool = True
+    single_document: bool = False
     held_out: bool | None = None
     cache_dir: Path | None = None
     progress: bool = True
@@ -91,6 +94,7 @@ def build_source(recipe: SourceRecipe, name: str, context: SourceContext) -> Sou
         packing=context.packing,
         length=recipe.length,
         shuffle=shuffle,
+        full_pieces=context.single_document,
     )
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,25 +75,20 @@ def build_store(
     """Tokenise ``documents`` (empty ones are left out) into a store.
 
     ``frame`` puts the tokenizer's bos and eos, where it has them, around each document. With ``cache`` (a directory
-    that belongs to this data and tokenizer) the store is written there once and memory-mapped from then on; processes
-    that build it at the same time do the work twice but end with the same files. ``total`` is the size in bytes for
-    the progress bar. Raises DataError when there is no text at all.
+    that belongs to this data and tokenizer) the store is written there once and memory-mapped from then on; of several
+    processes one writes and the others wait. ``total`` is the size in bytes for the progress bar. Raises DataError when there is no text at all.
     """
-    if cache is not None and (cache / "store.json").is_file():
-        return _open_store(cache)
     if cache is None:
         return _tokenise(documents, tokenizer, what, frame, None, total, progress)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=cache.name + ".", dir=cache.parent))
-    try:
-        _tokenise(documents, tokenizer, what, frame, scratch, total, progress)
-        try:
-            os.replace(scratch, cache)
-        except OSError:  # another process was first; its files hold the same bytes
-            if not (cache / "store.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with _alone(cache.with_name(cache.name + ".lock")):
+        if not (cache / "store.json").is_file():
+            scratch = Path(tempfile.mkdtemp(prefix=cache.name + ".", dir=cache.parent))
+            try:
+                _tokenise(documents, tokenizer, what, frame, scratch, total, progress)
+                os.replace(scratch, cache)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return _open_store(cache)
 
 
@@ -158,6 +154,19 @@ def _tokenise(
             json.dumps({"version": _VERSION, "dtype": np.dtype(kind).name, "tokens": int(starts[-1])})
         )
     return store
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time; the system frees the lock of a process that dies."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: several processes may tokenise, and the last rename wins or fails loudly
+        yield
+        return
+    with open(lock, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _open_store(folder: Path) -> TokenStore:
