@@ -183,7 +183,7 @@ class Loader:
         return numbers
 
 
-def make_loader(
+def build_loader(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     dp_rank: int = 0,

@@ -76,7 +76,8 @@ def build_store(
 
     ``frame`` puts the tokenizer's bos and eos, where it has them, around each document. With ``cache`` (a directory
     that belongs to this data and tokenizer) the store is written there once and memory-mapped from then on; of several
-    processes one writes and the others wait. ``total`` is the size in bytes for the progress bar. Raises DataError when there is no text at all.
+    processes one writes and the others wait. ``total`` is the size in bytes for the progress bar. Raises DataError when
+    there is no text at all.
     """
     if cache is None:
         return _tokenise(documents, tokenizer, what, frame, None, total, progress)
