@@ -1,6 +1,6 @@
 """Training data: tokenizers, documents, synthetic tasks, packing, and the loader that makes batches of them."""
 
-from mtrain.data.loader import Batch, Entry, Loader, build_loader, held_out_rows
+from mtrain.data.loader import Batch, Entry, Loader, held_out_rows, make_loader
 from mtrain.data.packing import IGNORE, Row, Sample
 from mtrain.data.retrieval import Prompts, RetrievalTask, retrieval_prompts
 from mtrain.data.sources import SourceContext, build_source
@@ -16,7 +16,7 @@ __all__ = [
     "Row",
     "Sample",
     "SourceContext",
-    "build_loader",
+    "make_loader",
     "build_source",
     "held_out_rows",
     "load_tokenizer",

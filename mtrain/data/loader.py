@@ -183,7 +183,7 @@ class Loader:
         return numbers
 
 
-def build_loader(
+def make_loader(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     dp_rank: int = 0,
