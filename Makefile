@@ -32,7 +32,7 @@ $(STAMP): setup.py pyproject.toml $(wildcard constraints.txt)
 	@touch $@
 
 quickstart: env ## a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin
-	$(BIN)/python scripts/quickstart.py
+	$(BIN)/python -m mtrain quickstart
 
 test: env ## every test that can run on this machine (README's test command; CI runs it)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS) tests
