@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging as hf_logging
 
 from mtrain.checkpoint import replace_directory, sync_directory
 from mtrain.state import model_tensors
@@ -51,8 +52,12 @@ def save_plain(model: Any, directory: Path) -> None:
     plain = copy.deepcopy(config)
     plain._attn_implementation = None
     plain.use_cache = True
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # it would tear the run's own
     try:
         model.config = plain
         model.save_pretrained(directory, state_dict={name: t.cpu() for name, t in model_tensors(model).items()})
     finally:
         model.config = config
+        if bars:
+            hf_logging.enable_progress_bar()

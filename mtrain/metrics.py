@@ -1,9 +1,10 @@
 """What a run tells: run.jsonl (one line per logged step), TensorBoard, and a progress bar; main process only.
 
-Keys of a line of run.jsonl: step (updates done), loss (mean over the valid target tokens since the last line), lr, grad_norm (before
-clipping, of the last step), tokens (seen so far, all ranks), tokens_per_s, step_s, density (mean over layers; with density_min,
-density_max and density_layers), recall, worker_imbalance, step_imbalance, memory_mb (peak of this process; of the device with CUDA).
-What was not measured is left out.
+Keys of a line of run.jsonl: step (updates done), loss (mean over the valid target tokens since the last line), lr, grad_norm (of the
+last step, before clipping), tokens (seen so far, all ranks), targets (of the last step), tokens_per_s, step_s, density (mean over
+layers; with density_min, density_max and density_layers), tile_density, recall, worker_imbalance, step_imbalance (of computed area),
+time_imbalance (slowest rank / mean, forward and backward), memory_mb (peak of this process; of the device with CUDA). What was not
+measured is left out.
 """
 
 from __future__ import annotations

@@ -41,10 +41,14 @@ def run_processes(
     return results
 
 
-def _child(rank: int, fn: Callable[..., Any], world_size: int, directory: str, timeout: float, args: tuple[Any, ...]) -> None:
+def _child(
+    rank: int, fn: Callable[..., Any], world_size: int, directory: str, timeout: float, args: tuple[Any, ...]
+) -> None:
     for state in (PartialState, AcceleratorState, GradientState):
         state._reset_state()  # inherited from the parent through fork
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", world_size)

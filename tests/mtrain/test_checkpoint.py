@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent whatever is killed when, verified on load, and never of another model."""
 
+import itertools
 import json
 import logging
 import os
@@ -89,27 +90,35 @@ class Killed(BaseException):
     """Stands for kill -9: nothing in the code may catch it and tidy up."""
 
 
+def kill_at(patch, number: int) -> None:
+    """Die in the ``number``-th of all calls that change the disk."""
+    calls = itertools.count()
+
+    def guard(original):
+        def guarded(*args, **kwargs):
+            if next(calls) == number:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return guarded
+
+    for module, name in [
+        *((os, name) for name in ("fsync", "rename", "open")),
+        *((checkpoint, name) for name in ("save_file", "_write_json")),
+        *((Path, name) for name in ("unlink", "mkdir")),
+        (checkpoint.shutil, "rmtree"),
+    ]:
+        patch.setattr(module, name, guard(getattr(module, name)))
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_killed_at_every_point_leaves_a_complete_checkpoint(tmp_path, world, monkeypatch, keep):
-    points = [(os, "fsync"), (os, "rename"), (os, "open"), (checkpoint, "save_file"), (checkpoint, "_write_json")]
-    points += [(Path, "unlink"), (checkpoint.shutil, "rmtree"), (Path, "mkdir")]
     killed = 0
     for number in range(100):
         directory = tmp_path / str(number)
         save(directory, world, 10, keep=keep)
-        calls = 0
         with monkeypatch.context() as patch:
-            for module, name in points:
-                original = getattr(module, name)
-
-                def guarded(*args, _original=original, **kwargs):
-                    nonlocal calls
-                    calls += 1
-                    if calls == number + 1:
-                        raise Killed
-                    return _original(*args, **kwargs)
-
-                patch.setattr(module, name, guarded)
+            kill_at(patch, number)
             try:
                 save(directory, world, 20, keep=keep)
                 break

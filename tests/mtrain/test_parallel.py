@@ -34,7 +34,9 @@ def recipe(dp: int = 1, outer: int = 1, inner: int = 1, **train):
     ],
 )
 def test_wrong_number_of_processes(mesh, running, advice):
-    with pytest.raises(LaunchError, match=f"dp {mesh[0]} x outer {mesh[1]} x inner {mesh[2]} = .*{advice.replace('are', '(are)')}"):
+    with pytest.raises(
+        LaunchError, match=f"dp {mesh[0]} x outer {mesh[1]} x inner {mesh[2]} = .*{advice.replace('are', '(are)')}"
+    ):
         check_world_size(ParallelRecipe(*mesh), running)
     check_world_size(ParallelRecipe(*mesh), mesh[0] * mesh[1] * mesh[2])
 
@@ -62,7 +64,12 @@ def _talk():
 
 def test_four_processes_agree_on_places_values_and_errors(tmp_path):
     results = run_processes(_talk, 4, tmp_path)
-    assert [r["place"] for r in results] == [(0, 0, 0, 2, True), (1, 0, 1, 2, False), (2, 1, 0, 2, False), (3, 1, 1, 2, False)]
+    assert [r["place"] for r in results] == [
+        (0, 0, 0, 2, True),
+        (1, 0, 1, 2, False),
+        (2, 1, 0, 2, False),
+        (3, 1, 1, 2, False),
+    ]
     for rank, result in enumerate(results):
         assert result["json"] == [{"rank": r, "text": "x" * r} for r in range(4)]
         assert result["gather"] == [0.0, 1.0, 2.0, 3.0] and result["sum"] == 6 and result["max"] == 3

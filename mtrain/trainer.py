@@ -1,0 +1,297 @@
+"""The loop: recipe in, checkpoints and a plain Hugging Face model out. One file to read to know what a run does."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from mtrain.checkpoint import Checkpointer, load_state, load_tensors
+from mtrain.data.loader import make_loader
+from mtrain.data.tokenizer import load_tokenizer
+from mtrain.errors import CheckpointError, MtrainError
+from mtrain.export import export_model
+from mtrain.layout import RingLayout
+from mtrain.metrics import MetricsLog, Window, density_summary, peak_memory_mb
+from mtrain.models.attach import attach
+from mtrain.models.build import load_model
+from mtrain.models.loss import install_loss_head
+from mtrain.optim import learning_rate, make_adamw
+from mtrain.parallel import World, fingerprint, make_world
+from mtrain.recipe import Recipe
+from mtrain.state import (
+    changed_keys,
+    config_fingerprint,
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    optimizer_tensors,
+    require_same_config,
+)
+from mtrain.step import Stepper, StepResult
+
+logger = logging.getLogger(__name__)
+
+# Recipe keys that may change between a checkpoint and its resumption without a word: what is computed stays the same.
+_FREE_KEYS = ("checkpoint.", "log.", "output", "name", "parallel.", "train.activation_checkpointing", "model.path")
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe to its end, to ``checkpoint.stop_after``, or until SIGTERM.
+
+    Called by every process of the launch (one without a launcher). Resumes as ``checkpoint.resume`` says; N steps in one go and
+    N/2 + N/2 over a resume give bitwise the same losses on the same mesh.
+
+    Returns:
+        step, tokens, loss (of the last step; None when there was nothing to do), stopped (None, "stop_after" or "signal"),
+        resumed_from (step or None), checkpoint and export (paths or None), output.
+
+    Raises:
+        MtrainError: anything a user can mend: a launch that does not fit the recipe, data, model, checkpoint, a lost peer, a loss
+            that is not finite.
+    """
+    world = make_world(recipe)
+    run = Run(recipe, world)
+    try:
+        with StopRequest() as stop:
+            summary = run.loop(stop)
+    finally:
+        run.log.close()
+    world.close()
+    return summary
+
+
+class StopRequest:
+    """SIGTERM or SIGINT asks the run to stop after the step it is in; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Python allows signal handlers in the main thread only; elsewhere (a notebook's worker) signals stay as they are.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class Run:
+    """Everything a run consists of, built from its recipe and, if there is one, its checkpoint."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+        self.output = Path(recipe.output)
+        train = recipe.train
+        set_seed(recipe.seed)
+        self.tokenizer = load_tokenizer(_tokenizer_name(recipe))
+        self.loader = make_loader(
+            recipe, self.tokenizer, dp_rank=world.dp_rank, dp_size=world.dp, progress=world.is_main
+        )
+        self._build_model()
+        self.rate = functools.partial(
+            learning_rate,
+            peak=train.lr,
+            schedule=train.schedule,
+            total_steps=train.steps,
+            warmup_steps=train.warmup_steps,
+            min_ratio=train.min_lr_ratio,
+        )
+        self.step, self.tokens = 0, 0
+        self.checkpointer = Checkpointer(self.output / "checkpoints", world, recipe.checkpoint.keep)
+        self.saved: Path | None = None
+        self.resumed_from = self._resume()
+        self.log = MetricsLog(
+            self.output,
+            enabled=world.is_main,
+            start_step=self.step,
+            total_steps=train.steps,
+            tensorboard=recipe.log.tensorboard,
+        )
+        self.window, self.shown = Window(), dict[str, str]()
+
+    def _build_model(self) -> None:
+        recipe, ring = self.recipe, self.world.ring
+        train, attention = recipe.train, recipe.attention
+        model = load_model(recipe.model, seed=recipe.seed, world_size=ring.world_size, vocab_size=len(self.tokenizer))
+        install_loss_head(model, train.loss_chunk)
+        layout = RingLayout.build(attention.layout, train.seq_len, ring.world_size, attention.block)
+        self.model: Any = attach(model, attention, ring, layout)
+        self.context = self.model.mtrain_context
+        if train.activation_checkpointing:
+            enable_activation_checkpointing(self.model)
+        prepared = self.world.prepare(self.model)
+        self.optimizer = make_adamw(
+            self.model, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+        )
+        self.stepper = Stepper(
+            prepared, self.context, self.optimizer, self.world, precision=train.precision, clip=train.clip
+        )
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def loop(self, stop: StopRequest) -> dict[str, Any]:
+        """Step until the end or a reason to stop; save; export when the recipe is done."""
+        recipe, result = self.recipe, None
+        stopped: str | None = None
+        while self.step < recipe.train.steps and stopped is None:
+            result = self.one_step(stop.asked)
+            if self.step < recipe.train.steps:
+                stopped = (
+                    "signal" if result.stop else "stop_after" if self.step == recipe.checkpoint.stop_after else None
+                )
+            last = stopped is not None or self.step == recipe.train.steps
+            if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
+                self.save(last)
+        export = None if stopped else self.export()
+        if stopped:
+            self.log.say(f"stopped after step {self.step} ({stopped}); the same command goes on from {self.saved}")
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": None if result is None else result.loss,
+            "stopped": stopped,
+            "resumed_from": self.resumed_from,
+            "checkpoint": None if self.saved is None else str(self.saved),
+            "export": None if export is None else str(export),
+            "output": str(self.output),
+        }
+
+    def one_step(self, asked_to_stop: bool = False) -> StepResult:
+        """Data, forward, backward, update, record."""
+        # From (seed, step, rank) and never from the past: nothing random needs saving, and dropout resumes exactly.
+        set_seed(int(fingerprint(f"{self.recipe.seed} {self.step} {self.world.rank}")[:8], 16))
+        batches = self.loader.next_step()
+        if self.step == (self.resumed_from or 0):
+            rows = [[batch.tokens.tolist(), batch.labels.tolist(), batch.doc_start.tolist()] for batch in batches]
+            self.world.require_same_in_ring("the first batch", str(rows))
+        lr, measure_recall = self.rate(self.step), self._measures_recall(self.step)
+        result = self.stepper(batches, step=self.step, lr=lr, measure_recall=measure_recall, stop=asked_to_stop)
+        self.step += 1
+        self.record(result, lr)
+        return result
+
+    def record(self, result: StepResult, lr: float) -> None:
+        """Progress bar every step; a line of run.jsonl every `log.every` steps, at both ends, and when recall was measured."""
+        self.tokens += result.tokens
+        self.window.add(result.loss, result.targets, result.tokens)
+        ends = (1, self.recipe.train.steps)
+        if self.step % self.recipe.log.every == 0 or self.step in ends or self._measures_recall(self.step - 1):
+            self.shown = self._write_line(result, lr)
+            self.window.reset()
+        self.log.advance({"loss": f"{result.loss:.3f}", **self.shown})
+
+    def _write_line(self, result: StepResult, lr: float) -> dict[str, str]:
+        line: dict[str, Any] = {"step": self.step, **self.window.rates(), "lr": lr, "grad_norm": result.grad_norm}
+        line |= {"tokens": self.tokens, "targets": result.targets, "memory_mb": peak_memory_mb(self.world.device)}
+        line["time_imbalance"] = max(result.seconds) * len(result.seconds) / sum(result.seconds)
+        shown = {"tok/s": f"{line['tokens_per_s']:,.0f}"}
+        if self.world.dp_rank == 0:  # one ring speaks for all: the others hold other rows of the same mixture
+            statistics = self.context.statistics()
+            line |= density_summary(statistics["density_per_layer"])
+            for key in ("tile_density", "recall", "worker_imbalance", "step_imbalance"):
+                line[key] = statistics.get(key)
+            shown["density"] = f"{line['density']:.3f}"
+        self.log.write(line)
+        return shown
+
+    def _measures_recall(self, step: int) -> bool:
+        every = self.recipe.log.recall_every
+        return every > 0 and step % every == 0
+
+    # ------------------------------------------------------------------------------------------- saving and resuming
+
+    def save(self, last: bool) -> None:
+        """Write a checkpoint. One that fails in mid-run is a warning: the older ones are intact and the next may succeed."""
+        world, tensors = self.world, {}
+        # Patterns that are kept over steps belong to the rows of one ring, so each ring's first rank brings its own.
+        if world.ring.rank == 0 and (kept := self.context.plan.state_dict()):
+            tensors[f"patterns_{world.dp_rank}"] = kept
+        if world.is_main:
+            tensors["model"] = model_tensors(self.model)
+            tensors["optimizer"] = optimizer_tensors(self.model, self.optimizer)
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "data": self.loader.state_dict(),
+            "recipe": self.recipe.to_dict(),
+            "config": config_fingerprint(self.model.config),
+        }
+        try:
+            self.saved = self.checkpointer.save(self.step, tensors, state)
+        except CheckpointError as error:
+            if last:
+                raise
+            if world.is_main:
+                logger.warning("CHECKPOINT OF STEP %d FAILED, training goes on: %s", self.step, error)
+
+    def _resume(self) -> int | None:
+        path = self.checkpointer.find(self.recipe.checkpoint.resume)
+        if path is None:
+            self.checkpointer.set_aside_after(-1)
+            return None
+        state = load_state(path)
+        try:
+            require_same_config(config_fingerprint(self.model.config), state["config"])
+            load_model_tensors(self.model, load_tensors(path, "model"))
+            load_optimizer_tensors(self.model, self.optimizer, load_tensors(path, "optimizer"))
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot resume from {path}: {error}") from None
+        changed = [
+            key for key in changed_keys(self.recipe.to_dict(), state["recipe"]) if not key.startswith(_FREE_KEYS)
+        ]
+        if changed and self.world.is_main:
+            logger.warning("resuming %s with other settings than it was trained with: %s", path, ", ".join(changed))
+        patterns = f"patterns_{self.world.dp_rank}"
+        if (path / f"{patterns}.safetensors").exists():
+            self.context.plan.load_state_dict(load_tensors(path, patterns))
+        self.loader.load_state_dict(state["data"])
+        self.step, self.tokens, self.saved = state["step"], state["tokens"], path
+        self.checkpointer.set_aside_after(self.step)
+        return self.step
+
+    def export(self) -> Path:
+        """The model as a plain Hugging Face directory, <output>/export; on every rank when it is there."""
+        directory = self.output / "export"
+        if self.world.is_main:
+            training = {"step": self.step, "tokens": self.tokens, "recipe": self.recipe.to_dict()}
+            export_model(self.model, self.tokenizer, directory, training=training)
+            self.log.say(f"finished {self.step} steps; the model is in {directory}")
+        self.world.barrier("the main process to export the model")
+        return directory
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Recompute each decoder layer in the backward pass (transformers renamed the switch in version 5)."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch()
+
+
+def _tokenizer_name(recipe: Recipe) -> str:
+    if recipe.tokenizer != "model":
+        return recipe.tokenizer
+    if recipe.model.path is None:
+        raise MtrainError(
+            "tokenizer: model needs model.path; a model from a config has no tokenizer of its own (use bytes)"
+        )
+    return recipe.model.path
