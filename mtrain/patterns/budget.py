@@ -114,8 +114,8 @@ def largest(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def _counts(name: str, given: int | Sequence[int]) -> int | tuple[int, ...]:
-    counts = given if isinstance(given, int) else tuple(given)
-    every = (counts,) if isinstance(counts, int) else counts
+    counts = tuple(given) if isinstance(given, Sequence) else given
+    every = counts if isinstance(counts, tuple) else (counts,)
     if not every or any(not isinstance(n, int) or n < 0 for n in every):
         raise MtrainError(f"top-k {name} must be a count >= 0, or one per head; got {given!r}")
     return counts
