@@ -1,0 +1,1 @@
+"""Hugging Face models: built or loaded exactly, refused by name, attached to sparse ring attention."""

@@ -1,4 +1,5 @@
-"""Models: from a hub id, a local directory, or a config with seeded random weights. Nothing is loaded that could run code."""
+"""Models: from a hub id, a local directory, or a config with seeded random weights. Nothing is loaded that could run
+code."""
 
 from __future__ import annotations
 
@@ -21,20 +22,25 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _OLD_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
 
 
-def load_model(recipe: ModelRecipe, *, seed: int = 0, world_size: int = 1, vocab_size: int | None = None) -> PreTrainedModel:
+def load_model(
+    recipe: ModelRecipe, *, seed: int = 0, world_size: int = 1, vocab_size: int | None = None
+) -> PreTrainedModel:
     """The model of a recipe, on the CPU, ready for `attach`.
 
     Args:
         recipe: which model, its RoPE override, position limit and dtype.
-        seed: of random weights; the same on all ranks gives the same weights on all ranks. The global generator is left alone.
+        seed: of random weights; the same on all ranks gives the same weights on all ranks. The global generator is left
+            alone.
         world_size: ranks of the ring, for refusals that depend on it.
-        vocab_size: tokens of the tokenizer. Fills a from-scratch config that names no vocab_size; a model with fewer is refused.
+        vocab_size: tokens of the tokenizer. Fills a from-scratch config that names no vocab_size; a model with fewer is
+            refused.
 
     Returns:
         A causal language model in training mode with its own copy of the config.
 
     Raises:
-        ModelError: a model that is missing, needs code or pickles to load, lacks weights, or that sparse attention would change.
+        ModelError: a model that is missing, needs code or pickles to load, lacks weights, or that sparse attention
+            would change.
     """
     config = load_config(recipe, vocab_size=vocab_size)
     before = config
@@ -62,7 +68,9 @@ def load_config(recipe: ModelRecipe, *, vocab_size: int | None = None) -> Any:
     try:
         config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the config of model {recipe.path!r}{_at(recipe)}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot read the config of model {recipe.path!r}{_at(recipe)}: {_first_line(error)}"
+        ) from error
     refuse_family(config.model_type)
     return copy.deepcopy(config)
 
@@ -93,19 +101,28 @@ def _check_directory(path: str) -> None:
     directory = Path(path).expanduser()
     if not directory.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise ModelError(f"model.path {path!r} does not exist; give a local directory or a hub id such as Qwen/Qwen2.5-3B")
+            raise ModelError(
+                f"model.path {path!r} does not exist; give a local directory or a hub id such as Qwen/Qwen2.5-3B"
+            )
         return
     if not directory.is_dir() or not (directory / "config.json").is_file():
         raise ModelError(f"model.path {path!r} is no model directory: config.json is missing")
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(p.name for p in directory.glob("*.bin"))
-        found = f"only {', '.join(pickles[:3])}, pickles, which can run code when they are read" if pickles else "no weights"
-        raise ModelError(f"model.path {path!r} holds {found}; mtrain reads safetensors only: save it with safetensors first")
+        found = (
+            f"only {', '.join(pickles[:3])}, pickles, which can run code when they are read"
+            if pickles
+            else "no weights"
+        )
+        raise ModelError(
+            f"model.path {path!r} holds {found}; mtrain reads safetensors only: save it with safetensors first"
+        )
 
 
 def _load_weights(recipe: ModelRecipe, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    assert recipe.path is not None
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             recipe.path,
             config=config,
             revision=recipe.revision,
@@ -116,14 +133,19 @@ def _load_weights(recipe: ModelRecipe, config: Any, dtype: torch.dtype) -> PreTr
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load model {recipe.path!r}{_at(recipe)} from safetensors: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot load model {recipe.path!r}{_at(recipe)} from safetensors: {_first_line(error)}"
+        ) from error
+    model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):
             names = [str(name) for name in sorted(report[problem], key=str)]
+            shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
             raise ModelError(
-                f"the weights of {recipe.path!r} do not fit its config ({problem.replace('_', ' ')}: {', '.join(names[:3])}"
-                f"{' ...' if len(names) > 3 else ''}): these parameters would start at random"
+                f"the weights of {recipe.path!r} do not fit its config ({problem.replace('_', ' ')}: {shown}): these "
+                "parameters would start at random"
             )
+    assert isinstance(model, PreTrainedModel)
     return model
 
 

@@ -1,8 +1,9 @@
 """Next-token loss without the logits: cross entropy fused with the output projection, a chunk of rows at a time.
 
-For 512K tokens and a vocabulary of 152K the logits alone would be 297 GiB in float32. Here a chunk of rows is projected, its loss
-taken, its gradient formed at once, and the chunk forgotten, so extra memory is chunk x vocab plus the gradients themselves. Forming
-the gradient in the forward pass is the idea of Liger-Kernel's fused linear cross entropy (https://github.com/linkedin/Liger-Kernel).
+For 512K tokens and a vocabulary of 152K the logits alone would be 297 GiB in float32. Here a chunk of rows is
+projected, its loss taken, its gradient formed at once, and the chunk forgotten, so extra memory is chunk x vocab plus
+the gradients themselves. Forming the gradient in the forward pass is the idea of Liger-Kernel's fused linear cross
+entropy (https://github.com/linkedin/Liger-Kernel).
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ def fused_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
         chunk: rows projected at a time.
 
     Returns:
-        (loss_sum, valid): a scalar, float32 (float64 for float64 inputs), differentiable in hidden and weight; and an int64
-        scalar. Without a valid token the sum is exactly 0, and so are the gradients.
+        (loss_sum, valid): a scalar, float32 (float64 for float64 inputs), differentiable in hidden and weight; and an
+        int64 scalar. Without a valid token the sum is exactly 0, and so are the gradients.
 
     Raises:
         ModelError: labels whose shape is not that of the hidden states, or chunk < 1.
     """
     if labels.shape != hidden.shape[:-1]:
-        raise ModelError(f"labels {tuple(labels.shape)} do not fit hidden states {tuple(hidden.shape)}: give one label per position")
+        raise ModelError(
+            f"labels {tuple(labels.shape)} do not fit hidden states {tuple(hidden.shape)}: give one label per position"
+        )
     if chunk < 1:
         raise ModelError(f"loss_chunk must be at least 1 row, got {chunk}")
     device = hidden.device.type
@@ -55,12 +58,14 @@ def scaled_loss(loss_sum: Tensor, total_valid: int | Tensor, num_averaged_ranks:
 
     Args:
         loss_sum: sum of the token losses of this rank's micro-batch.
-        total_valid: valid target tokens of the whole optimizer step, over all ranks and micro-batches, each counted once.
-        num_averaged_ranks: ranks over which the gradient engine (DDP, FSDP, ZeRO) averages; 1 when it sums or there is none.
+        total_valid: valid target tokens of the whole optimizer step, over all ranks and micro-batches, each counted
+            once.
+        num_averaged_ranks: ranks over which the gradient engine (DDP, FSDP, ZeRO) averages; 1 when it sums or there is
+            none.
 
     Returns:
-        A scalar; summed over ranks and divided by ``num_averaged_ranks`` it is the mean loss per token. A step without a valid
-        token gives 0, not NaN.
+        A scalar; summed over ranks and divided by ``num_averaged_ranks`` it is the mean loss per token. A step without
+        a valid token gives 0, not NaN.
     """
     if isinstance(total_valid, Tensor):
         return loss_sum / total_valid.clamp(min=1) * num_averaged_ranks
@@ -107,7 +112,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a @ b summed and returned in the wide dtype; the plain product of bfloat16 matrices would round every logit to 8 bits."""
+    """a @ b summed and returned in the wide dtype; the plain product of bfloat16 matrices would round every logit to 8
+    bits."""
     if a.dtype == wide:
         return a @ b
     if a.device.type == "cuda":
@@ -118,8 +124,9 @@ def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
 class LossHead(nn.Linear):
     """An output projection that answers with the sum of token losses while labels are set, and with logits otherwise.
 
-    The *class* of the model's own head is swapped, so parameters, names and module hooks stay: DDP, FSDP2 (which keeps the head in
-    a unit of its own) and ZeRO-3 gather the weight when the module is called, and the fused loss runs inside that call.
+    The *class* of the model's own head is swapped, so parameters, names and module hooks stay: DDP, FSDP2 (which keeps
+    the head in a unit of its own) and ZeRO-3 gather the weight when the module is called, and the fused loss runs
+    inside that call.
     """
 
     labels: Tensor | None = None
@@ -140,15 +147,19 @@ class FusedLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         """Called by transformers with what `LossHead` returned; a scalar is the sum of token losses."""
-        return logits if logits.dim() == 0 else self.ordinary(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return (
+            logits
+            if logits.dim() == 0
+            else self.ordinary(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        )
 
 
 def install_loss_head(model: Any, chunk: int = 1024) -> Any:
-    """Let ``model(..., shift_labels=labels)`` return the sum of token losses as ``.loss``, without materialising logits.
+    """Let ``model(..., shift_labels=labels)`` return the sum of token losses as ``.loss``; logits are never whole.
 
-    ``shift_labels`` are already shifted (a shard cannot shift its own labels: the next token may live on another rank). The
-    caller divides, see `scaled_loss`. ``model(...)`` without ``shift_labels`` behaves as before. Installing twice changes only
-    the chunk.
+    ``shift_labels`` are already shifted (a shard cannot shift its own labels: the next token may live on another rank).
+    The caller divides, see `scaled_loss`. ``model(...)`` without ``shift_labels`` behaves as before. Installing twice
+    changes only the chunk.
 
     Args:
         model: a transformers causal language model.
@@ -157,18 +168,15 @@ def install_loss_head(model: Any, chunk: int = 1024) -> Any:
     Returns:
         The same model.
     """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    head: Any = model.get_output_embeddings()
+    if type(head) not in (nn.Linear, LossHead) or head.bias is not None:
         raise ModelError(f"the fused loss needs an output projection nn.Linear without bias, this model has {head!r}")
-    if not isinstance(head, LossHead):
-        if type(head) is not nn.Linear:
-            raise ModelError(f"the output projection is a {type(head).__name__}; the fused loss replaces nn.Linear only")
+    if type(head) is nn.Linear:
         head.__class__ = LossHead
         model.loss_function = FusedLoss(model.loss_function)
         model.register_forward_pre_hook(_set_labels, with_kwargs=True)
         # always_call: an error inside the forward must not leave labels behind for the next call.
         model.register_forward_hook(_clear_labels, always_call=True)
-    assert isinstance(head, LossHead)
     head.chunk = chunk
     return model
 

@@ -1,7 +1,8 @@
 """Models that would be changed silently are refused by name, with what to type instead.
 
-The pattern models one thing: causal attention over all earlier tokens of the document, restricted to columns and diagonals. A layer
-that does anything else (a window, chunks, a recurrence, a soft-cap, dropout on the probabilities) would train another model.
+The pattern models one thing: causal attention over all earlier tokens of the document, restricted to columns and
+diagonals. A layer that does anything else (a window, chunks, a recurrence, a soft-cap, dropout on the probabilities)
+would train another model.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ def refuse(config: Any, world_size: int = 1) -> None:
     refuse_family(getattr(config, "model_type", None))
     problems = [*_layer_problems(config), *_attention_problems(config), *_rope_problems(config, world_size)]
     if problems:
-        raise ModelError(f"this {config.model_type} model cannot be trained exactly with sparse ring attention: " + "; ".join(problems))
+        raise ModelError(
+            f"this {config.model_type} model cannot be trained exactly with sparse ring attention: "
+            + "; ".join(problems)
+        )
 
 
 def refuse_family(model_type: str | None) -> None:
     """Raise unless ``model_type`` is a family whose attention layers are known to do nothing but causal attention."""
     if model_type not in FAMILIES:
         raise ModelError(
-            f"model family {model_type!r} is not supported: its attention layers have not been checked against the pattern; "
-            f"use one of {', '.join(FAMILIES)} (model_type in config.json, or model.config.model_type in the recipe)"
+            f"model family {model_type!r} is not supported: its attention layers have not been checked against the "
+            f"pattern; use one of {', '.join(FAMILIES)} (model_type in config.json, or model.config.model_type in the "
+            "recipe)"
         )
 
 
@@ -65,14 +70,17 @@ def _layer_problems(config: Any) -> list[str]:
     layer_types = getattr(config, "layer_types", None) or ()
     for kind in sorted(set(layer_types) - {"full_attention"}):
         layers = [str(i) for i, name in enumerate(layer_types) if name == kind]
+        shown = ", ".join(layers[:8]) + (" ..." if len(layers) > 8 else "")
         problems.append(
-            f"layer_types makes layer {', '.join(layers[:8])}{' ...' if len(layers) > 8 else ''} a {kind} layer, the pattern models "
-            "full_attention only (with use_sliding_window=false and no layer_types every layer is one)"
+            f"layer_types makes layer {shown} a {kind} layer, the "
+            "pattern models full_attention only (with use_sliding_window=false and no layer_types every layer is one)"
         )
     if getattr(config, "sliding_window", None) is not None:
         problems.append(f"sliding_window={config.sliding_window}: {_WINDOW_ADVICE}")
     if getattr(config, "attention_chunk_size", None) is not None:
-        problems.append(f"attention_chunk_size={config.attention_chunk_size}: chunked attention is not modelled by the pattern")
+        problems.append(
+            f"attention_chunk_size={config.attention_chunk_size}: chunked attention is not modelled by the pattern"
+        )
     return problems
 
 
@@ -93,8 +101,9 @@ def _rope_problems(config: Any, world_size: int) -> list[str]:
     if world_size == 1 or kind not in LOCAL_ROPE_TYPES:
         return []
     problem = (
-        f"rope_type={kind!r} picks its frequencies from the positions one rank holds, so {world_size} ranks would disagree: use a "
-        "static type (model.rope={rope_type: yarn, factor: 4.0}, llama3, linear, or default with a larger rope_theta), or one rank"
+        f"rope_type={kind!r} picks its frequencies from the positions one rank holds, so {world_size} ranks would "
+        "disagree: use a static type (model.rope={rope_type: yarn, factor: 4.0}, llama3, linear, or default with a "
+        "larger rope_theta), or one rank"
     )
     return [problem]
 

@@ -1,7 +1,8 @@
 """Rotary frequencies: override them for a longer context, and prove that the model really uses what was asked.
 
-Overrides get lost in several ways (Phi-3 renames yarn to longrope; a config-level original_max_position_embeddings wins over the one
-in rope_parameters; a bfloat16 cast rounds the frequencies), and a lost override trains a model that cannot tell far tokens apart.
+Overrides get lost in several ways (Phi-3 renames yarn to longrope; a config-level original_max_position_embeddings wins
+over the one in rope_parameters; a bfloat16 cast rounds the frequencies), and a lost override trains a model that cannot
+tell far tokens apart.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ _REQUIRED = {
 def override_rope(config: Any, rope: Mapping[str, Any] | None, max_position_embeddings: int | None) -> Any:
     """A new config with ``rope`` merged into rope_parameters and the position limit replaced.
 
-    The length a yarn or llama3 override scales from is the limit the model was trained with: when neither the override nor the
-    model names original_max_position_embeddings, the *old* max_position_embeddings is written down before it is replaced
-    (transformers would take the new one, which undoes the scaling).
+    The length a yarn or llama3 override scales from is the limit the model was trained with: when neither the override
+    nor the model names original_max_position_embeddings, the *old* max_position_embeddings is written down before it is
+    replaced (transformers would take the new one, which undoes the scaling).
 
     Args:
         config: a transformers config; it is not changed.
-        rope: keys of rope_parameters to set, or None. When it changes rope_type, only rope_theta and partial_rotary_factor of the
-            old parameters are kept.
+        rope: keys of rope_parameters to set, or None. When it changes rope_type, only rope_theta and
+            partial_rotary_factor of the old parameters are kept.
         max_position_embeddings: tokens, or None to keep the model's own.
 
     Raises:
@@ -60,7 +61,9 @@ def override_rope(config: Any, rope: Mapping[str, Any] | None, max_position_embe
     settings = copy.deepcopy(config.to_dict())
     merged: dict[str, Any] | None = None
     if rope:
-        merged = _merge(dict(settings.get("rope_parameters") or {}), dict(rope), int(settings["max_position_embeddings"]))
+        merged = _merge(
+            dict(settings.get("rope_parameters") or {}), dict(rope), int(settings["max_position_embeddings"])
+        )
         settings["rope_parameters"] = copy.deepcopy(merged)
         if "original_max_position_embeddings" in merged and "original_max_position_embeddings" in settings:
             settings["original_max_position_embeddings"] = merged["original_max_position_embeddings"]
@@ -72,7 +75,8 @@ def override_rope(config: Any, rope: Mapping[str, Any] | None, max_position_embe
     except CONFIG_ERRORS as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(
-            f"{config.model_type} does not accept rope {merged}, max_position_embeddings {settings['max_position_embeddings']}: {reason}"
+            f"{config.model_type} does not accept rope {merged}, max_position_embeddings "
+            f"{settings['max_position_embeddings']}: {reason}"
         ) from error
     if merged is not None:
         _check_kept(changed, merged)
@@ -90,15 +94,19 @@ def check_rope(model: nn.Module, before: Any | None = None) -> None:
         ModelError: frequencies that are rounded, differ from the config's, or are those from before the override.
     """
     config: Any = model.config
-    found = [(name, module) for name, module in model.named_modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "inv_freq", None), Tensor)
+    ]
     if not found:
         raise ModelError(f"no rotary embedding (a module with inv_freq) was found in {type(model).__name__}")
     for name, module in found:
-        inv_freq: Tensor = module.inv_freq  # type: ignore[assignment]
+        inv_freq: Tensor = module.inv_freq
         if inv_freq.dtype not in (torch.float32, torch.float64):
             raise ModelError(
-                f"the rotary frequencies ({name}.inv_freq) were rounded to {inv_freq.dtype}, which loses positions in long "
-                "contexts: load with dtype=torch.bfloat16 instead of calling model.to(torch.bfloat16)"
+                f"the rotary frequencies ({name}.inv_freq) were rounded to {inv_freq.dtype}, which loses positions in "
+                "long contexts: load with dtype=torch.bfloat16 instead of calling model.to(torch.bfloat16)"
             )
         if rope_type(config) in ("dynamic", "longrope"):
             continue  # chosen anew in every forward
@@ -106,21 +114,23 @@ def check_rope(model: nn.Module, before: Any | None = None) -> None:
         scale = float(getattr(module, "attention_scaling", 1.0))
         if not _same(inv_freq, scale, want, want_scale):
             raise ModelError(
-                f"{name} does not use the rope_parameters {config.rope_parameters} of its config: load the model again instead of "
-                "editing config.rope_parameters afterwards"
+                f"{name} does not use the rope_parameters {config.rope_parameters} of its config: load the model again "
+                "instead of editing config.rope_parameters afterwards"
             )
         if before is None or dict(before.rope_parameters or {}) == dict(config.rope_parameters or {}):
             continue
         if rope_type(before) not in ("dynamic", "longrope") and _same(inv_freq, scale, *frequencies(before)):
-            raise ModelError(f"the rope override {config.rope_parameters} changes nothing: the model rotates as it did before")
+            raise ModelError(
+                f"the rope override {config.rope_parameters} changes nothing: the model rotates as it did before"
+            )
 
 
 def frequencies(config: Any) -> tuple[Tensor, float]:
     """Inverse frequencies [rotary dim / 2], float32, and the factor on cos and sin, of a static RoPE type.
 
-    Our own arithmetic, so that it can disagree with transformers. linear: positions / factor. llama3: long waves divided by factor,
-    short ones kept, a linear blend between (Llama 3.1). yarn: the blend is a ramp over dimensions (Peng et al., arXiv 2309.00071,
-    equations 17-22).
+    Our own arithmetic, so that it can disagree with transformers. linear: positions / factor. llama3: long waves
+    divided by factor, short ones kept, a linear blend between (Llama 3.1). yarn: the blend is a ramp over dimensions
+    (Peng et al., arXiv 2309.00071, equations 17-22).
 
     Args:
         config: a transformers config with rope_type default, linear, llama3 or yarn.
@@ -145,7 +155,9 @@ def frequencies(config: Any) -> tuple[Tensor, float]:
     return _yarn(given, plain, dim, theta, factor, original)
 
 
-def _yarn(given: Mapping[str, Any], plain: Tensor, dim: int, theta: float, factor: float, original: int) -> tuple[Tensor, float]:
+def _yarn(
+    given: Mapping[str, Any], plain: Tensor, dim: int, theta: float, factor: float, original: int
+) -> tuple[Tensor, float]:
     def dimension(turns: float) -> float:
         """Where in the dimensions a wave makes so many turns over the original context."""
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -158,7 +170,11 @@ def _yarn(given: Mapping[str, Any], plain: Tensor, dim: int, theta: float, facto
     scale = given.get("attention_factor")
     if scale is None:
         mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
-        scale = _temperature(factor, mscale) / _temperature(factor, all_dim) if mscale and all_dim else _temperature(factor, 1.0)
+        scale = (
+            _temperature(factor, mscale) / _temperature(factor, all_dim)
+            if mscale and all_dim
+            else _temperature(factor, 1.0)
+        )
     return (plain * (1 - ramp + ramp / factor)).float(), float(scale)
 
 
@@ -170,7 +186,10 @@ def _same(inv_freq: Tensor, scale: float, want: Tensor, want_scale: float) -> bo
     if inv_freq.shape != want.shape:
         return False
     # 1e-5: far above float32 rounding of a power, far below any deliberate change.
-    return bool(torch.allclose(inv_freq.detach().cpu().float(), want, rtol=1e-5, atol=0)) and abs(scale - want_scale) <= 1e-5
+    return (
+        bool(torch.allclose(inv_freq.detach().cpu().float(), want, rtol=1e-5, atol=0))
+        and abs(scale - want_scale) <= 1e-5
+    )
 
 
 def _merge(old: dict[str, Any], rope: dict[str, Any], old_limit: int) -> dict[str, Any]:
@@ -184,8 +203,10 @@ def _merge(old: dict[str, Any], rope: dict[str, Any], old_limit: int) -> dict[st
             near = difflib.get_close_matches(key, allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ModelError(f"model.rope has no key {key!r} for rope_type {kind!r} (keys: {', '.join(allowed)}){hint}")
-    kept = old if kind == old_kind else {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
-    merged = {**kept, **rope, "rope_type": kind}
+    merged = {
+        key: value for key, value in old.items() if kind == old_kind or key in ("rope_theta", "partial_rotary_factor")
+    }
+    merged.update(rope, rope_type=kind)
     missing = [key for key in _REQUIRED.get(kind, ()) if key not in merged]
     if missing:
         raise ModelError(f"rope_type {kind!r} in model.rope needs {', '.join(missing)}")
@@ -199,6 +220,6 @@ def _check_kept(config: Any, merged: Mapping[str, Any]) -> None:
     for key, value in merged.items():
         if held.get(key) != value:
             raise ModelError(
-                f"{config.model_type} turns rope {key}={value!r} into {held.get(key)!r}, so the override would be lost; "
-                "use rope_type: default with a larger rope_theta for this family"
+                f"{config.model_type} turns rope {key}={value!r} into {held.get(key)!r}, so the override would be "
+                "lost; use rope_type: default with a larger rope_theta for this family"
             )

@@ -84,7 +84,9 @@ def test_autocast_computes_in_its_dtype_and_returns_float32_gradients() -> None:
         loss, _ = fused_cross_entropy(hidden, weight, labels, chunk=16)
     loss.backward()
     low = [t.detach().bfloat16().double() for t in (hidden, weight)]
-    torch.testing.assert_close(loss.double(), F.cross_entropy(low[0] @ low[1].T, labels, reduction="sum"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        loss.double(), F.cross_entropy(low[0] @ low[1].T, labels, reduction="sum"), rtol=1e-5, atol=0
+    )
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 

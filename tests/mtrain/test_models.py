@@ -1,0 +1,481 @@
+"""Attached models are the same functions as their plain twins, on any number of ranks; models that would not be are refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTrainedModel
+
+from mtrain.comm import Ring, SingleRing, run_ranks
+from mtrain.errors import ModelError
+from mtrain.layout import RingLayout
+from mtrain.models.attach import attach, detach
+from mtrain.models.loss import install_loss_head
+from mtrain.models.refuse import refuse
+from mtrain.patterns import PatternPlan
+from mtrain.recipe.schema import AttentionRecipe, RefreshEvery, TopKBudget
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+SEQ, BLOCK, VOCAB = 75, 8, 61
+DENSE = AttentionRecipe(pattern="dense", block=BLOCK)
+FEW = TopKBudget(columns=4, slashes=2)
+SPARSE = AttentionRecipe(block=BLOCK, budget=FEW, sink=1, local=3, probe=7)
+TINY = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    window = {"sliding_window": None} if family == "mistral" else {}
+    return AutoConfig.for_model(family, **{**TINY, **window, **changes})
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config_of(family, **changes), attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # large enough that attention is far from uniform
+                parameter.mul_(5.0)
+    return model.to(dtype).train()
+
+
+def tokens(batch: int = 2, length: int = SEQ) -> Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def shifted(ids: Tensor) -> Tensor:
+    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+    labels[0, 10:30] = -100
+    return labels
+
+
+def documents(length: int = SEQ) -> Tensor:
+    starts = torch.zeros(2, length, dtype=torch.int64)
+    starts[0, 20:], starts[0, 21:] = 20, 21
+    starts[1, 50:] = 50
+    return starts
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def checkpointed(model: Any) -> Any:
+    model.activation_checkpointing_enable()
+    return model
+
+
+def on_ranks(model: Any, recipe: AttentionRecipe, kind: str, outer: int, inner: int, doc: Tensor | None) -> Any:
+    """Loss sum and gradients summed over ranks, and the statistics of rank 0."""
+    ids = tokens()
+    ranks = outer * inner
+    owners = torch.randperm(ranks * -(-SEQ // (BLOCK * ranks)), generator=torch.Generator().manual_seed(2)) % ranks
+    layout = RingLayout.build(kind, SEQ, ranks, BLOCK, assignment=owners if kind == "balanced" else None)
+
+    def rank(ring: Ring) -> Any:
+        mine = install_loss_head(attach(copy.deepcopy(model), recipe, ring, layout), chunk=16)
+        labels = layout.shard(shifted(ids) + 100, ring.rank, 1) - 100  # padding becomes -100
+        starts = None if doc is None else layout.shard(doc, ring.rank, 1)
+        loss = mine(input_ids=layout.shard(ids, ring.rank, 1), shift_labels=labels, doc_start=starts).loss
+        loss.backward()
+        return loss.detach(), gradients(mine), mine.mtrain_context.statistics()
+
+    results = run_ranks(rank, outer, inner)
+    summed = {name: sum(result[1][name] for result in results) for name in results[0][1]}
+    return sum(result[0] for result in results), summed, results[0][2]
+
+
+def assert_same(got: tuple[Any, ...], want: tuple[Any, ...], tolerance: float) -> None:
+    assert abs(float((got[0] - want[0]).detach())) <= tolerance * abs(float(want[0].detach()))
+    for name, gradient in want[1].items():
+        error = (got[1][name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-3)
+        assert error <= tolerance, f"{name}: relative error {float(error):.2e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank_dense_is_the_plain_model(family: str) -> None:
+    plain = model_of(family)
+    mine = attach(copy.deepcopy(plain), DENSE, SingleRing(), RingLayout.build("striped", SEQ, 1, BLOCK))
+    ids = tokens()
+    got, want = mine(input_ids=ids, labels=ids), plain(input_ids=ids, labels=ids)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=2e-5)
+    got.loss.backward()
+    want.loss.backward()
+    assert_same((got.loss, gradients(mine)), (want.loss, gradients(plain)), 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ring_equals_the_plain_model(family: str) -> None:
+    """Two and three ranks, dense: loss and every gradient of the plain model of transformers, in float32."""
+    plain = install_loss_head(model_of(family))
+    ids = tokens()
+    loss = plain(input_ids=ids, shift_labels=shifted(ids)).loss
+    loss.backward()
+    for kind, ranks in (("zigzag", 2), ("striped", 3)):
+        got = on_ranks(model_of(family), DENSE, kind, 1, ranks, None)
+        assert_same(got, (loss, gradients(plain)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "outer", "inner", "schedule"),
+    [("contiguous", 1, 2, "ring"), ("striped", 1, 3, "ring"), ("balanced", 2, 2, "ring"), ("zigzag", 1, 2, "gather")],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_sparse_ring_equals_one_rank_in_float64(kind: str, outer: int, inner: int, schedule: Any, packed: bool) -> None:
+    recipe = dataclasses.replace(SPARSE, schedule=schedule, dense_first_layers=1)
+    doc = documents() if packed else None
+    model = model_of("qwen2", torch.float64)
+    want = on_ranks(model, recipe, "contiguous", 1, 1, doc)
+    got = on_ranks(model, recipe, kind, outer, inner, doc)
+    assert_same(got, want, 1e-10)
+    assert got[2]["density_per_layer"] == want[2]["density_per_layer"]
+    assert got[2]["density_per_layer"][0] == 1.0 and got[2]["density_per_layer"][1] < 0.9
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_activation_checkpointing_changes_nothing(family: str) -> None:
+    want = on_ranks(model_of(family), SPARSE, "striped", 1, 2, documents())
+    got = on_ranks(checkpointed(model_of(family)), SPARSE, "striped", 1, 2, documents())
+    assert_same(got, want, 1e-6)
+
+
+def test_documents_are_separate() -> None:
+    """Changing the first document leaves the logits of the second one bit for bit as they were."""
+    model = attach(model_of("llama"), DENSE, SingleRing(), RingLayout.build("striped", SEQ, 1, BLOCK)).eval()
+    ids, doc = tokens(), documents()
+    other = ids.clone()
+    other[:, :20] = 3
+    before, after = (model(input_ids=x, doc_start=doc).logits for x in (ids, other))
+    assert torch.equal(before[0, 21:], after[0, 21:])
+    assert not torch.equal(before[1, 21:], after[1, 21:])
+
+
+def test_index_is_made_once_per_micro_batch_and_recompute_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches in flight, then one backward: each recompute uses the index of its own forward."""
+    calls: list[int] = []
+    original = PatternPlan.index
+
+    def counted(self: PatternPlan, layer: int, *args: Any, **kwargs: Any) -> Any:
+        calls.append(layer)
+        return original(self, layer, *args, **kwargs)
+
+    monkeypatch.setattr(PatternPlan, "index", counted)
+    layout = RingLayout.build("striped", SEQ, 1, BLOCK)
+    first, second, doc = tokens(), tokens().flip(0), documents()
+    results = []
+    for prepare in (lambda model: model, checkpointed):
+        model = attach(prepare(model_of("qwen2")), SPARSE, SingleRing(), layout)
+        calls.clear()
+        one = model(input_ids=first, labels=first, doc_start=doc).loss
+        two = model(input_ids=second, labels=second).loss
+        (one + two).backward()
+        assert calls == [0, 1, 0, 1]
+        results.append((one + two, gradients(model)))
+    assert_same(results[1], results[0], 1e-6)
+
+
+def test_layout_may_change_between_forward_and_backward() -> None:
+    """The balancer replaces context.layout for the next step; a recompute of this one must not notice."""
+    layout = RingLayout.build("striped", SEQ, 2, BLOCK)
+    other = RingLayout.build("contiguous", SEQ, 2, BLOCK)
+    ids, base = tokens(), checkpointed(model_of("llama"))
+
+    def rank(ring: Ring, swap: bool) -> dict[str, Tensor]:
+        model = install_loss_head(attach(copy.deepcopy(base), SPARSE, ring, layout))
+        labels = layout.shard(shifted(ids) + 100, ring.rank, 1) - 100
+        loss = model(input_ids=layout.shard(ids, ring.rank, 1), shift_labels=labels).loss
+        if swap:
+            model.mtrain_context.layout = other
+            model.mtrain_context.begin(step=1)
+        loss.backward()
+        return gradients(model)
+
+    for got, want in zip(
+        run_ranks(lambda r: rank(r, True), 1, 2), run_ranks(lambda r: rank(r, False), 1, 2), strict=True
+    ):
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_begin_by_hand() -> None:
+    layout = RingLayout.build("striped", SEQ, 1, BLOCK)
+    ids, doc = tokens(), documents()
+    model = attach(model_of("llama"), SPARSE, SingleRing(), layout)
+    by_keyword = model(input_ids=ids, doc_start=doc).logits
+    context: Any = model.mtrain_context
+    context.begin(doc, step=7)
+    assert torch.equal(model(input_ids=ids).logits, by_keyword)
+    assert context.latest.step == 7
+    with pytest.raises(ModelError, match="new begin"):
+        model(input_ids=ids)
+    context.begin(doc)
+    with pytest.raises(ModelError, match="given twice"):
+        model(input_ids=ids, doc_start=doc)
+
+
+def test_steps_are_counted_for_plain_loops() -> None:
+    recipe = dataclasses.replace(SPARSE, refresh=RefreshEvery(2), dense_warmup_steps=1)
+    model = attach(model_of("llama"), recipe, SingleRing(), RingLayout.build("striped", SEQ, 1, BLOCK))
+    context: Any = model.mtrain_context
+    densities = []
+    for seed in range(3):
+        ids = torch.randint(3, VOCAB, (1, SEQ), generator=torch.Generator().manual_seed(seed))
+        model(input_ids=ids)
+        densities.append(context.statistics()["density"])
+        model.eval()(input_ids=ids)  # an evaluation is no step
+        model.train()
+    assert context.step == 2
+    assert densities[0] == 1.0 and densities[1] < 1.0 and densities[2] == densities[1]
+
+
+def test_statistics() -> None:
+    model = model_of("qwen2", torch.float64)
+    layouts = [RingLayout.build("striped", SEQ, ranks, BLOCK) for ranks in (1, 2)]
+    ids, doc = tokens(), documents()
+
+    def rank(ring: Ring) -> Any:
+        layout = layouts[ring.world_size - 1]
+        mine = attach(copy.deepcopy(model), SPARSE, ring, layout)
+        mine.mtrain_context.measure_recall = True
+        starts = layout.shard(doc, ring.rank, 1)
+        mine(input_ids=layout.shard(ids, ring.rank, 1), doc_start=starts)
+        return mine.mtrain_context.statistics(), mine.mtrain_context.latest.index
+
+    alone, index = run_ranks(rank)[0]
+    both = [result[0] for result in run_ranks(rank, 1, 2)]
+    pairs = (torch.arange(SEQ) - doc + 1).sum(1)
+    expected = [float((index[layer].to_dense(doc).sum((2, 3)) / pairs[:, None]).mean()) for layer in (0, 1)]
+    assert alone["density_per_layer"] == pytest.approx(expected, rel=1e-6)
+    assert alone["density"] < alone["tile_density"]
+    assert alone["worker_imbalance"] == alone["step_imbalance"] == 1.0
+    assert 0.5 < alone["recall"] <= 1.0
+    for result in both:
+        assert result["density_per_layer"] == alone["density_per_layer"]
+        assert result["recall_per_layer"] == pytest.approx(alone["recall_per_layer"], rel=1e-9)
+        assert result["work"].shape == (2, 3) and result["work"].sum() == alone["work"].sum()
+        assert result["step_imbalance"] >= result["worker_imbalance"] >= 1.0
+
+
+@pytest.mark.parametrize("recipe", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_other_lengths_alone(recipe: AttentionRecipe) -> None:
+    """A ring of one takes any length, padded to blocks or not; the numbers do not depend on the layout it was built with."""
+    model = model_of("qwen2").eval()
+    for length in (1, BLOCK, 19, SEQ, 101):
+        ids = tokens(length=length)
+        logits = []
+        for made_for in (SEQ, length):
+            attach(model, recipe, SingleRing(), RingLayout.build("striped", made_for, 1, BLOCK))
+            logits.append(model(input_ids=ids).logits)
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation(family: str) -> None:
+    plain = model_of(family).eval()
+    mine = attach(copy.deepcopy(plain), DENSE, SingleRing(), RingLayout.build("striped", SEQ, 1, BLOCK))
+    ids, mask = tokens(length=21), torch.ones(2, 21, dtype=torch.int64)
+    mask[0, :6] = 0
+    options = {"max_new_tokens": 6, "do_sample": False}
+    for extra in ({}, {"attention_mask": mask}, {"attention_mask": mask, "cache_implementation": "static"}):
+        assert torch.equal(mine.generate(ids, **options, **extra), plain.generate(ids, **options, **extra))
+
+
+def test_padding_masks_alone() -> None:
+    plain = model_of("llama").eval()
+    mine = attach(copy.deepcopy(plain), DENSE, SingleRing(), RingLayout.build("striped", SEQ, 1, BLOCK))
+    ids, keep = tokens(), torch.ones(2, SEQ, dtype=torch.int64)
+    keep[0, :13], keep[1, 60:] = 0, 0
+    got, want = (model(input_ids=ids, attention_mask=keep).logits for model in (mine, plain))
+    torch.testing.assert_close(got[0, 13:], want[0, 13:], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got[1, :60], want[1, :60], rtol=1e-5, atol=2e-5)
+    keep[0, 30] = 0
+    with pytest.raises(ModelError, match="holes"):
+        mine(input_ids=ids, attention_mask=keep)
+    with pytest.raises(ModelError, match="not modelled"):
+        mine(input_ids=ids, attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
+
+
+def test_bfloat16_autocast() -> None:
+    """q and k leave RoPE in float32 while v is bfloat16: both directions must run, and stay near float32."""
+    layout, ids = RingLayout.build("striped", SEQ, 1, BLOCK), tokens()
+    want, got = (attach(model_of("qwen2"), SPARSE, SingleRing(), layout) for _ in range(2))
+    loss = want(input_ids=ids, labels=ids).loss
+    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = checkpointed(got)(input_ids=ids, labels=ids).loss
+    low.backward()
+    assert abs(low - loss) < 0.03 * loss
+    flat = [torch.cat([g.flatten() for g in gradients(model).values()]) for model in (got, want)]
+    assert F.cosine_similarity(flat[0], flat[1], 0) > 0.98
+
+
+def test_distributed_data_parallel_wraps_an_attached_model(tmp_path: Any) -> None:
+    ids, layout = tokens(), RingLayout.build("striped", SEQ, 1, BLOCK)
+    plain = install_loss_head(attach(model_of("qwen2"), SPARSE, SingleRing(), layout))
+    mine = install_loss_head(attach(model_of("qwen2"), SPARSE, SingleRing(), layout))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(mine)
+        losses = [m(input_ids=ids, shift_labels=shifted(ids), doc_start=documents()).loss for m in (wrapped, plain)]
+        sum(losses).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same((losses[0], gradients(mine)), (losses[1], gradients(plain)), 0)
+
+
+def test_models_of_one_config_object_stay_apart() -> None:
+    config = config_of("qwen2")
+    first, second = (AutoModelForCausalLM.from_config(config, attn_implementation="sdpa") for _ in range(2))
+    attach(first, DENSE, SingleRing(), RingLayout.build("striped", SEQ, 1, BLOCK))
+    assert (first.config._attn_implementation, second.config._attn_implementation) == ("mtrain", "sdpa")
+    second(input_ids=tokens())
+
+
+def test_attach_again_copy_detach_save(tmp_path: Any) -> None:
+    plain = model_of("qwen3")
+    ids, layout = tokens(), RingLayout.build("striped", SEQ, 1, BLOCK)
+    names = list(plain.state_dict())
+    mine = attach(attach(copy.deepcopy(plain), SPARSE, SingleRing(), layout), DENSE, SingleRing(), layout)
+    assert len(mine.model._forward_pre_hooks) == 1 and list(mine.state_dict()) == names
+    twin = copy.deepcopy(mine)
+    assert twin.mtrain_context is twin.model.mtrain_context is not mine.mtrain_context
+    assert torch.equal(twin(input_ids=ids).logits, mine(input_ids=ids).logits)
+    detach(twin)
+    assert not twin.model._forward_pre_hooks and mine.model._forward_pre_hooks
+    assert torch.equal(detach(twin)(input_ids=ids).logits, plain(input_ids=ids).logits)
+    mine.save_pretrained(tmp_path)
+    assert "mtrain" not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_whole_sequences_need_no_mask_and_no_cache() -> None:
+    """No tensor of N x N elements, no copy of keys and values, whatever the order of the positions."""
+    length = 640
+    layout = RingLayout.build("zigzag", length, 2, BLOCK)
+    ids, base = tokens(1, length), model_of("llama", max_position_embeddings=1024)
+    recipe = AttentionRecipe(pattern="a_shape", block=BLOCK, sink=1, local=8, backend="cpu")
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    def rank(ring: Ring) -> int:
+        model = attach(copy.deepcopy(base), recipe, ring, layout)
+        with Watch() as watch:
+            out = model(input_ids=layout.shard(ids, ring.rank, 1), logits_to_keep=1)
+        assert out.past_key_values is None
+        return watch.largest
+
+    assert max(run_ranks(rank, 1, 2)) < layout.local_len**2
+
+
+REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
+    ("mistral", {"sliding_window": 4096}, 1, "sliding_window=4096.*sliding_window=null"),
+    ("phi3", {"sliding_window": 64}, 1, "sliding_window=64"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+        1,
+        "layer 1 a sliding_attention",
+    ),
+    ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, 1, "layer 1 a linear_attention"),
+    ("llama", {"attention_chunk_size": 64}, 1, "attention_chunk_size=64"),
+    ("llama", {"attn_logit_softcapping": 30.0}, 1, "attn_logit_softcapping=30"),
+    ("llama", {"attention_dropout": 0.1}, 1, "attention_dropout=0.1.*0.0"),
+    ("llama", {"is_causal": False}, 1, "is_causal=False"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 2, "'dynamic'.*2 ranks"),
+    (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+            }
+        },
+        3,
+        "'longrope'.*3 ranks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "world_size", "words"), REFUSED, ids=[case[3][:24] for case in REFUSED])
+def test_refusals_name_what_is_in_the_way(family: str, changes: dict[str, Any], world_size: int, words: str) -> None:
+    config = config_of(family, **changes)
+    with pytest.raises(ModelError, match=words):
+        refuse(config, world_size)
+    if world_size > 1:
+        refuse(config, 1)
+
+
+def test_unknown_families_are_refused() -> None:
+    with pytest.raises(ModelError, match="'gpt2' is not supported.*llama, qwen2, qwen3, mistral, phi3"):
+        refuse(AutoConfig.for_model("gpt2"))
+    refuse(MistralConfig(sliding_window=None), 8)
+
+
+def test_attach_refuses() -> None:
+    layout = RingLayout.build("striped", SEQ, 1, BLOCK)
+    with pytest.raises(ModelError, match="sliding_window=4096"):
+        attach(model_of("mistral", sliding_window=4096), DENSE, SingleRing(), layout)
+    with pytest.raises(ModelError, match="attach first, wrap afterwards"):
+        attach(torch.nn.Linear(2, 2), DENSE, SingleRing(), layout)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="2 ranks"):
+        attach(model_of("llama"), DENSE, SingleRing(), RingLayout.build("striped", SEQ, 2, BLOCK))
+    with pytest.raises(ModelError, match="blocks of 16"):
+        attach(model_of("llama"), DENSE, SingleRing(), RingLayout.build("striped", SEQ, 1, 16))
+    with pytest.raises(ModelError, match="rounded to torch.bfloat16"):
+        attach(model_of("llama", torch.bfloat16), DENSE, SingleRing(), layout)
+    plain = model_of("llama")
+    plain.set_attn_implementation("mtrain")
+    with pytest.raises(ModelError, match="only after"):
+        plain(input_ids=tokens())
+
+
+CALLS: list[tuple[Callable[[Tensor, Tensor], dict[str, Any]], str]] = [
+    (lambda whole, part: {"input_ids": whole}, "got 75 tokens per row.*each of 2 ranks 40"),
+    (lambda whole, part: {"input_ids": part, "labels": part}, "shift_labels"),
+    (lambda whole, part: {"input_ids": part, "use_cache": True}, "whole sequence on one rank"),
+    (lambda whole, part: {"input_ids": part, "doc_start": documents()}, r"expected \[2, 40\]"),
+    (lambda whole, part: {"input_ids": part, "attention_mask": torch.tensor([[0] + [1] * 39] * 2)}, "not sharded"),
+    (lambda whole, part: {"input_ids": part, "position_ids": torch.arange(40)[None]}, "not those of the layout"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), CALLS, ids=[case[1][:20] for case in CALLS])
+def test_calls_that_do_not_fit_the_shard(arguments: Any, words: str) -> None:
+    layout, ids = RingLayout.build("striped", SEQ, 2, BLOCK), tokens()
+    model = model_of("llama")
+
+    def rank(ring: Ring) -> None:
+        mine = attach(copy.deepcopy(model), DENSE, ring, layout)
+        mine(**arguments(ids, layout.shard(ids, ring.rank, 1)))
+
+    with pytest.raises(ModelError, match=words):
+        run_ranks(rank, 1, 2, timeout=20)
+
+
+def test_packed_positions_without_documents_are_an_error() -> None:
+    model = attach(model_of("llama"), SPARSE, SingleRing(), RingLayout.build("striped", SEQ, 1, BLOCK))
+    restart = torch.cat([torch.arange(30), torch.arange(SEQ - 30)]).expand(2, -1)
+    with pytest.raises(ModelError, match="doc_start"):
+        model(input_ids=tokens(), position_ids=restart)
+    starts = (torch.arange(SEQ) >= 30).long().expand(2, -1) * 30
+    packed = model(input_ids=tokens(), position_ids=restart, doc_start=starts).logits
+    # RoPE is relative: positions within the document and positions in the row give the same model.
+    torch.testing.assert_close(packed, model(input_ids=tokens(), doc_start=starts).logits, rtol=1e-3, atol=1e-3)
