@@ -104,11 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mtrain: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except BrokenPipeError:  # `mtrain inspect ... | head`
+        sys.stderr.close()
+        return 0
+    except OSError as error:  # a full disk, a directory that may not be written
+        if "--debug" in argv:
+            raise
+        print(f"mtrain: error: {error} (--debug shows where)", file=sys.stderr, flush=True)
+        return USER_ERROR
     except KeyboardInterrupt:
         if "--debug" in argv:
             raise
         print("mtrain: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except BrokenPipeError:  # `mtrain inspect ... | head`
-        sys.stderr.close()
-        return 0

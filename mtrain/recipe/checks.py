@@ -66,6 +66,11 @@ def check_model(model: schema.ModelRecipe) -> None:
         )
     if model.config is not None and not isinstance(model.config.get("model_type"), str):
         raise FieldError("config", "must name a model_type, for example model_type: qwen2")
+    heads, kv_heads = ((model.config or {}).get(key) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and (kv_heads < 1 or heads % kv_heads):
+        raise FieldError(
+            "config.num_attention_heads", f"must be a multiple of num_key_value_heads {kv_heads}, got {heads}"
+        )
     if model.config is not None and model.revision is not None:
         raise FieldError("revision", "belongs to a hub id in path; a model from config has none")
     json_able("config", model.config)

@@ -82,6 +82,11 @@ def test_errors_of_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert capsys.readouterr().err == "mtrain: error: a.jsonl:7: not JSON (quarantine it)\n"
     with pytest.raises(DataError):
         main(["train", "--debug"])
+    fail_with(monkeypatch, PermissionError(13, "Permission denied", "runs"))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "mtrain: error: [Errno 13] Permission denied: 'runs' (--debug shows where)\n"
+    with pytest.raises(PermissionError):
+        main(["train", "--debug"])
     fail_with(monkeypatch, KeyboardInterrupt())
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "mtrain: interrupted\n"

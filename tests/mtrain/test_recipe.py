@@ -177,6 +177,8 @@ def test_overrides_reach_sections_lists_and_missing_places(write: Any) -> None:
         # rules
         ("model.config={model_type: llama}", "model.path: give exactly one of path"),
         ("model.path=null", "got neither"),
+        ("model={config: {model_type: qwen2, num_attention_heads: 5, num_key_value_heads: 2}}",
+         "model.config.num_attention_heads: must be a multiple of num_key_value_heads 2, got 5"),
         ("train.lr=0", "train.lr: must be greater than 0, got 0.0"),
         ("train.lr=-1", "must be greater than 0"),
         ("train.steps=0", "train.steps: must be at least 1, got 0"),
