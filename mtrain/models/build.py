@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mtrain.errors import ModelError
@@ -78,8 +79,6 @@ def load_config(recipe: ModelRecipe, *, vocab_size: int | None = None) -> Any:
 def _config_from(given: Mapping[str, Any], vocab_size: int | None) -> Any:
     settings = copy.deepcopy(dict(given))
     model_type = settings.pop("model_type", None)
-    if model_type is None:
-        raise ModelError("model.config needs a model_type, such as model_type: qwen2")
     refuse_family(model_type)
     known = set(AutoConfig.for_model(model_type).to_dict()) | _OLD_KEYS
     for key in settings:
@@ -132,7 +131,7 @@ def _load_weights(recipe: ModelRecipe, config: Any, dtype: torch.dtype) -> PreTr
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load model {recipe.path!r}{_at(recipe)} from safetensors: {_first_line(error)}"
         ) from error
