@@ -34,7 +34,7 @@ class TokenizerKey:
 @lru_cache(maxsize=2)
 def stdlib_store(key: TokenizerKey) -> TokenStore:
     """The standard library's source files, tokenised once per process."""
-    return build_store(read_stdlib(), key.tokenizer, what="the standard library", total=11 << 20)
+    return build_store(read_stdlib(), key.tokenizer, what="the standard library", progress=False)
 
 
 @lru_cache(maxsize=4)

@@ -84,6 +84,8 @@ def build_store(
     cache.parent.mkdir(parents=True, exist_ok=True)
     with _alone(cache.with_name(cache.name + ".lock")):
         if not (cache / "store.json").is_file():
+            for stale in cache.parent.glob(cache.name + ".*/"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(stale, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(prefix=cache.name + ".", dir=cache.parent))
             try:
                 _tokenise(documents, tokenizer, what, frame, scratch, total, progress)
