@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from mtrain.errors import MtrainError
+from mtrain.recipe.load import DEFAULT
 
 # name -> what it does; the code is in mtrain.commands.<name>
 COMMANDS = {
@@ -53,17 +54,17 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="RECIPE [key=value ...]",
-        help="a YAML file or the name of a shipped recipe (default: quickstart), then overrides such as train.lr=1e-5",
+        help=f"a YAML file or the name of a shipped recipe (default: {DEFAULT}), then overrides such as train.lr=1e-5",
     )
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Recipe and overrides. Without a recipe the shipped quickstart is meant.
+    """Recipe and overrides. Without a recipe the shipped default is meant.
 
     Raises:
         MtrainError: a second word without "=".
     """
-    recipe, overrides = "quickstart", list(words)
+    recipe, overrides = DEFAULT, list(words)
     if overrides and "=" not in overrides[0].split("/")[-1]:
         recipe = overrides.pop(0)
     for word in overrides:

@@ -61,28 +61,29 @@ def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe
     return _section(Recipe, from_value(dict(values), where), "")
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name (`quickstart`, `folder/name`): from the installed package, or from the
-    checkout it is run in."""
+def _shipped() -> dict[str, Path]:
+    """Every YAML file that comes with the package, by name; from the installed package, or from the checkout it is run in."""
     package = Path(mtrain.__file__).parent
     folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), package)
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    return {
-        name: path for name, path in found.items() if not name.startswith("accelerate/")
-    }  # those configure launches
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name (`quickstart`). Launch files (`accelerate/cpu_2`) are not recipes."""
+    return {name: path for name, path in _shipped().items() if not name.startswith("accelerate/")}
 
 
 def find_recipe(name: str) -> Path:
-    """A file that exists, else the shipped recipe of that name (`quickstart`, also as `recipes/quickstart.yaml`)."""
+    """A file that exists, else the shipped file of that name: `quickstart`, `recipes/quickstart.yaml`, `accelerate/cpu_2`."""
     path = Path(name)
     if path.is_file():
         return path
-    shipped = shipped_recipes()
     short = name.removeprefix("recipes/").removesuffix(".yaml")
-    if short in shipped:
-        return shipped[short]
+    if short in (files := _shipped()):
+        return files[short]
     if path.is_dir():
         raise RecipeError(f"{name} is a directory; name a recipe file in it")
+    shipped = shipped_recipes()
     beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     near = get_close_matches(name, [*beside, *shipped], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""

@@ -17,6 +17,7 @@ from mtrain.recipe import (
     RefreshEvery,
     TopKBudget,
     TrainRecipe,
+    find_recipe,
     load_recipe,
     recipe_from_dict,
     shipped_recipes,
@@ -282,6 +283,11 @@ def test_shipped_recipes_load_and_survive_json(name: str) -> None:
     assert recipe.name == name.rsplit("/", 1)[-1] or "/" in name
     assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict(), allow_nan=False))) == recipe
     assert load_recipe(f"recipes/{name}.yaml") == recipe
+
+
+def test_launch_files_are_found_but_are_no_recipes() -> None:
+    assert find_recipe("accelerate/cpu_2").name == "cpu_2.yaml"
+    assert not any("cpu_2" in name for name in shipped_recipes())
 
 
 def test_the_512k_recipe_is_for_32_gpus() -> None:
