@@ -12,10 +12,10 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Everything in tests/gpu is a GPU test; without CUDA those are skipped, visibly."""
     for item in items:
-        if "gpu" in item.path.parts:
+        if "gpu" in item.path.relative_to(config.rootpath).parts:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

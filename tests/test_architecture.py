@@ -134,7 +134,7 @@ def package_files() -> Iterator[tuple[str, str]]:
 
 def read(files: Iterator[Path]) -> Iterator[tuple[str, str]]:
     for file in sorted(files):
-        yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
+        yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8", errors="replace")
 
 
 BROKEN = [
