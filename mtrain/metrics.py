@@ -1,10 +1,10 @@
 """What a run tells: run.jsonl (one line per logged step), TensorBoard, and a progress bar; main process only.
 
-Keys of a line of run.jsonl: step (updates done), loss (mean over the valid target tokens since the last line), lr, grad_norm (of the
-last step, before clipping), tokens (seen so far, all ranks), targets (of the last step), tokens_per_s, step_s, density (mean over
-layers; with density_min, density_max and density_layers), tile_density, recall, worker_imbalance, step_imbalance (of computed area),
-time_imbalance (slowest rank / mean, forward and backward), memory_mb (peak of this process; of the device with CUDA). What was not
-measured is left out.
+Keys of a line of run.jsonl: step (updates done), loss (mean over the valid target tokens since the last line), lr, grad_norm (of
+the last step, before clipping), tokens (seen so far, all ranks), targets (of the last step), tokens_per_s, step_s (data to update,
+without checkpoints), density (mean over layers; with density_min, density_max and density_layers), tile_density, recall,
+worker_imbalance, step_imbalance (of computed area), time_imbalance (slowest rank / mean, forward and backward), memory_mb (peak of
+this process; of the device with CUDA). What was not measured is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import math
 import resource
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,23 +88,22 @@ class Window:
 
     def reset(self) -> None:
         """Start a new window."""
-        self.loss_sum, self.targets, self.tokens, self.steps = 0.0, 0, 0, 0
-        self.started = time.perf_counter()
+        self.loss_sum, self.targets, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0, 0.0
 
-    def add(self, loss: float, targets: int, tokens: int) -> None:
-        """One step: its mean loss, the valid targets behind that mean, and the tokens processed."""
+    def add(self, loss: float, targets: int, tokens: int, seconds: float) -> None:
+        """One step: its mean loss, the valid targets behind that mean, the tokens processed, and the wall time."""
         self.loss_sum += loss * targets
         self.targets += targets
         self.tokens += tokens
         self.steps += 1
+        self.seconds += seconds
 
     def rates(self) -> dict[str, float]:
         """Mean loss per valid target, tokens per second, seconds per step."""
-        seconds = max(time.perf_counter() - self.started, 1e-9)
         return {
             "loss": self.loss_sum / max(self.targets, 1),
-            "tokens_per_s": self.tokens / seconds,
-            "step_s": seconds / max(self.steps, 1),
+            "tokens_per_s": self.tokens / max(self.seconds, 1e-9),
+            "step_s": self.seconds / max(self.steps, 1),
         }
 
 

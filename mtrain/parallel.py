@@ -185,10 +185,9 @@ class World:
         """Backpropagate through the gradient engine."""
         self.accelerator.backward(loss)
 
-    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Scale the (already averaged) gradients to at most ``max_norm`` and return the global norm before that."""
-        norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        return norm
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """Global norm of the (already averaged) gradients; a sharded engine adds its sum over shards here."""
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
     def all_reduce(self, x: Tensor, op: str = "sum", *, what: str = "an all-reduce") -> Tensor:
         """A new tensor: ``x`` combined over all ranks by "sum", "max" or "min"."""
@@ -222,7 +221,7 @@ class World:
         """Wait until every rank is here; ``what`` names the wait when it fails."""
         self.gather_json(None, what=what)
 
-    def require_same(self, name: str, value: str) -> None:
+    def require_same(self, name: str, value: str | bytes) -> None:
         """Refuse to go on when ranks disagree on ``value`` (a recipe, a version, an input).
 
         Raises:
@@ -236,7 +235,7 @@ class World:
                 "recipe, overrides and code"
             )
 
-    def require_same_in_ring(self, name: str, value: str) -> None:
+    def require_same_in_ring(self, name: str, value: str | bytes) -> None:
         """Refuse to go on when the ranks of one ring disagree on ``value``, for example on the sample they are to share.
 
         Raises:
@@ -298,9 +297,9 @@ def make_world(recipe: Recipe) -> World:
     return world
 
 
-def fingerprint(value: str) -> str:
-    """SHA-256 of a text, in hex."""
-    return hashlib.sha256(value.encode()).hexdigest()
+def fingerprint(value: str | bytes) -> str:
+    """SHA-256 of a text or of bytes, in hex."""
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

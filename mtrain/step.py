@@ -119,9 +119,12 @@ class Stepper:
         own = torch.tensor([share, float(stop), time.perf_counter() - started], dtype=torch.float64)
         reports = self.world.all_gather(own, what=f"the loss of step {step + 1}")
         self._require_finite_losses(reports[:, 0], batches, step)
-        grad_norm = float(self.world.clip_grad_norm(self.model, self.clip if self.clip > 0 else math.inf))
+        norm = self.world.grad_norm(self.model)
+        grad_norm = float(norm)
         if not math.isfinite(grad_norm):
             raise MtrainError(self._bad_gradient(grad_norm, step))
+        if self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,7 +174,9 @@ class Stepper:
         bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         if bad:
             self.optimizer.zero_grad(set_to_none=True)
-            own = [f"{source}:{row}" for batch in batches for source, row in zip(batch.sources, batch.rows, strict=True)]
+            own = [
+                f"{source}:{row}" for batch in batches for source, row in zip(batch.sources, batch.rows, strict=True)
+            ]
             fed = self.world.gather_json(own, what=f"the rows of step {step + 1}")
             raise MtrainError(
                 f"step {step + 1}: the loss on rank(s) {bad} is {losses[bad[0]]:g}; nothing was updated. "

@@ -6,9 +6,10 @@ import functools
 import logging
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import set_seed
 
@@ -21,6 +22,7 @@ from mtrain.layout import RingLayout
 from mtrain.metrics import MetricsLog, Window, density_summary, peak_memory_mb
 from mtrain.models.attach import attach
 from mtrain.models.build import load_model
+from mtrain.models.context import RingContext
 from mtrain.models.loss import install_loss_head
 from mtrain.optim import learning_rate, make_adamw
 from mtrain.parallel import World, fingerprint, make_world
@@ -137,7 +139,7 @@ class Run:
         install_loss_head(model, train.loss_chunk)
         layout = RingLayout.build(attention.layout, train.seq_len, ring.world_size, attention.block)
         self.model: Any = attach(model, attention, ring, layout)
-        self.context = self.model.mtrain_context
+        self.context = cast(RingContext, self.model.mtrain_context)
         if train.activation_checkpointing:
             enable_activation_checkpointing(self.model)
         prepared = self.world.prepare(self.model)
@@ -179,22 +181,23 @@ class Run:
 
     def one_step(self, asked_to_stop: bool = False) -> StepResult:
         """Data, forward, backward, update, record."""
+        started = time.perf_counter()
         # From (seed, step, rank) and never from the past: nothing random needs saving, and dropout resumes exactly.
         set_seed(int(fingerprint(f"{self.recipe.seed} {self.step} {self.world.rank}")[:8], 16))
         batches = self.loader.next_step()
         if self.step == (self.resumed_from or 0):
-            rows = [[batch.tokens.tolist(), batch.labels.tolist(), batch.doc_start.tolist()] for batch in batches]
-            self.world.require_same_in_ring("the first batch", str(rows))
+            rows = [t.numpy().tobytes() for b in batches for t in (b.tokens, b.labels, b.doc_start)]
+            self.world.require_same_in_ring("the first batch", b"".join(rows))
         lr, measure_recall = self.rate(self.step), self._measures_recall(self.step)
         result = self.stepper(batches, step=self.step, lr=lr, measure_recall=measure_recall, stop=asked_to_stop)
         self.step += 1
-        self.record(result, lr)
+        self.record(result, lr, time.perf_counter() - started)
         return result
 
-    def record(self, result: StepResult, lr: float) -> None:
+    def record(self, result: StepResult, lr: float, seconds: float) -> None:
         """Progress bar every step; a line of run.jsonl every `log.every` steps, at both ends, and when recall was measured."""
         self.tokens += result.tokens
-        self.window.add(result.loss, result.targets, result.tokens)
+        self.window.add(result.loss, result.targets, result.tokens, seconds)
         ends = (1, self.recipe.train.steps)
         if self.step % self.recipe.log.every == 0 or self.step in ends or self._measures_recall(self.step - 1):
             self.shown = self._write_line(result, lr)
