@@ -19,6 +19,7 @@ from mtrain.recipe.load import DEFAULT
 # name -> what it does; the code is in mtrain.commands.<name>
 COMMANDS = {
     "train": "train a model as a recipe says",
+    "quickstart": "a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin",
     "inspect": "print a recipe as it resolves: every value, the mesh, the layout, warnings",
     "doctor": "print versions, devices and which attention backends can run here",
 }
