@@ -171,7 +171,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         "finally: print([m for m in ('torch', 'transformers', 'accelerate') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert all(f"    {name} " in done.stdout for name in COMMANDS)
+    assert all(f"    {name}" in done.stdout for name in COMMANDS)
     assert done.stdout.rstrip().endswith("[]"), done.stdout
 
 
