@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mtrain.attention import ring_attention
-from mtrain.balance.work import imbalance, tile_density, work
 from mtrain.comm import Ring
 from mtrain.errors import ModelError
 from mtrain.layout import RingLayout
+from mtrain.models.statistics import statistics
 from mtrain.patterns import PatternPlan, measure_recall, spaced_rows
 from mtrain.recipe.schema import AttentionRecipe
 from sparse_kernels import SparsePattern
@@ -104,30 +104,6 @@ class MicroBatch:
         if self.doc_start is None:
             return None
         return self.layout.unshard(self.context.ring.all_gather(self.doc_start), 1)
-
-
-def statistics(batch: MicroBatch) -> dict[str, Any]:
-    """See `RingContext.statistics`."""
-    ring, doc_start = batch.context.ring, batch.whole_doc_start()
-    patterns = [batch.index[layer] for layer in sorted(batch.index)]
-    if not patterns:
-        raise ModelError("the newest forward has not reached an attention layer, so there is no pattern to look at")
-    density = [float(pattern.density(doc_start).mean()) for pattern in patterns]
-    area = torch.stack([work(pattern, batch.layout, ring.topology, doc_start) for pattern in patterns]).sum(0)
-    worker, step = imbalance(area)
-    result: dict[str, Any] = {
-        "density": sum(density) / len(density),
-        "density_per_layer": density,
-        "tile_density": sum(tile_density(pattern, doc_start) for pattern in patterns) / len(patterns),
-        "work": area,
-        "worker_imbalance": worker,
-        "step_imbalance": step,
-    }
-    if batch.recall:
-        per_layer = [float(batch.recall[layer]) for layer in sorted(batch.recall)]
-        result["recall_per_layer"] = per_layer
-        result["recall"] = sum(per_layer) / len(per_layer)
-    return result
 
 
 class RingContext:

@@ -19,8 +19,11 @@ from mtrain.layout import RingLayout
 from mtrain.models.attach import attach, detach
 from mtrain.models.loss import install_loss_head
 from mtrain.models.refuse import refuse
+from mtrain.models.statistics import mask_density
 from mtrain.patterns import PatternPlan
+from mtrain.patterns.index import index_lists
 from mtrain.recipe.schema import AttentionRecipe, RefreshEvery, TopKBudget
+from sparse_kernels import SparsePattern
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 SEQ, BLOCK, VOCAB = 75, 8, 61
@@ -479,3 +482,23 @@ def test_packed_positions_without_documents_are_an_error() -> None:
     packed = model(input_ids=tokens(), position_ids=restart, doc_start=starts).logits
     # RoPE is relative: positions within the document and positions in the row give the same model.
     torch.testing.assert_close(packed, model(input_ids=tokens(), doc_start=starts).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mask_density_is_exact(seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    size, block = int(torch.randint(1, 200, (1,), generator=gen)), int(torch.randint(1, 17, (1,), generator=gen))
+    blocks = -(-size // block)
+    columns = torch.rand(2, 3, size, generator=gen) < 0.1
+    offsets = torch.rand(2, 3, blocks, generator=gen) < 0.3
+    offsets[..., 0] = True
+    pattern = SparsePattern(
+        size,
+        block,
+        columns=index_lists(columns, size, fill=size),
+        diagonals=index_lists(offsets, blocks, fill=-1),
+    )
+    begins = torch.rand(2, size, generator=gen) < 0.05
+    starts = torch.where(begins, torch.arange(size), 0).cummax(1).values
+    for doc in (None, starts):
+        assert mask_density(pattern, doc) == pytest.approx(float(pattern.density(doc).double().mean()), rel=1e-6)
