@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from mtrain.comm import Ring, run_ranks
+from mtrain.comm import ProcessRing, Ring, run_ranks
 from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout, padded_blocks
 from mtrain.patterns import Coverage, TopK, estimate_vertical_slash
 from mtrain.patterns import scores as scores_module
+from mtrain.topology import RingTopology
 from sparse_kernels import SparsePattern
+from tests.mtrain.processes import run_processes
 
 Q_K = tuple[Tensor, Tensor]
 
@@ -283,6 +287,24 @@ def test_distributed_is_single_at_random_sizes(seed: int) -> None:
         "probe": draw(1, 80),
     }
     assert_same_everywhere(q, k, doc_start, 1 + seed % 2, draw(1, 4), **options)
+
+
+def estimate_in_a_process() -> SparsePattern:
+    ring = ProcessRing.create(RingTopology(1, 3))
+    q, k = make(149, 5, 1, seed=2, dtype=torch.float32)
+    layout = RingLayout.build("zigzag", 149, 3, 8)
+    shards = [layout.shard(x, ring.rank, 1) for x in (q, k, pack(149, [40, 41, 110]))]
+    options = {"budget": Coverage(0.9), "block": 8, "sink": 2, "probe": 16}
+    return estimate_vertical_slash(*shards[:2], doc_start=shards[2], ring=ring, layout=layout, **options)
+
+
+def test_processes_find_the_index_of_one(tmp_path: Path) -> None:
+    q, k = make(149, 5, 1, seed=2, dtype=torch.float32)
+    options = {"budget": Coverage(0.9), "block": 8, "sink": 2, "probe": 16}
+    whole = estimate_vertical_slash(q, k, doc_start=pack(149, [40, 41, 110]), **options)
+    for pattern in run_processes(estimate_in_a_process, 3, tmp_path):
+        assert torch.equal(pattern.columns, whole.columns)
+        assert torch.equal(pattern.diagonals, whole.diagonals)
 
 
 def test_scores_that_are_not_kept_are_computed_again_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
