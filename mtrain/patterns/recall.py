@@ -56,7 +56,8 @@ def measure_recall(
     queries = queries.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, n, D]
     queries = queries * (q.shape[-1] ** -0.5 if scale is None else scale)
     start = documents.starts_of(positions.expand(q.shape[0], -1))
-    sides = _lse_sides(queries, k, pattern, positions, start, placement)
+    with torch.autocast(q.device.type, enabled=False):
+        sides = _lse_sides(queries, k, pattern, positions, start, placement)
     if placement.ring.world_size > 1:
         sides = torch.stack(placement.ring.all_gather(sides)).logsumexp(0)
     return (sides[0] - sides[1]).exp()

@@ -11,7 +11,7 @@ from torch import Tensor
 from mtrain.comm import ProcessRing, Ring, run_ranks
 from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout, padded_blocks
-from mtrain.patterns import Coverage, TopK, estimate_vertical_slash
+from mtrain.patterns import Coverage, TopK, estimate_vertical_slash, measure_recall
 from mtrain.patterns import scores as scores_module
 from mtrain.topology import RingTopology
 from sparse_kernels import SparsePattern
@@ -209,6 +209,17 @@ def test_large_logits_and_half_precision_stay_finite() -> None:
         pattern = estimate_vertical_slash(scaled, k.to(scaled.dtype), budget=Coverage(0.9), block=16, probe=32)
         columns, _ = as_lists(pattern)
         assert all(1 <= len(head) < 200 for head in columns[0])
+
+
+def test_autocast_does_not_round_the_scores() -> None:
+    q, k = make(300, 4, 1, seed=9, dtype=torch.float32)
+    options = {"budget": Coverage(0.9), "block": 16}
+    plain = estimate_vertical_slash(q, k, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = estimate_vertical_slash(q, k, **options)
+        recall = measure_recall(q, k, inside, [100, 299])
+    assert as_lists(inside) == as_lists(plain)
+    assert torch.equal(recall, measure_recall(q, k, plain, [100, 299]))
 
 
 def test_scores_do_not_enter_the_graph() -> None:
