@@ -83,29 +83,36 @@ def _measure_job(job: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> 
 def measure(subject: Subject, exam: Exam, recipe: Recipe) -> Result:
     """One subject through the whole exam."""
     tokenizer = load_tokenizer(subject.model)
-    model = _load(subject)
-    result = Result()
-    densities: list[float] = []
     final = exam.lengths[-1]
+    model = _load(subject, recipe, final)
+    result = Result()
     for length in exam.lengths:
         count = exam.final_prompts if length == final else exam.prompts
         prompts = retrieval_prompts(
             tokenizer, length, None, count, exam.seed, pairs=exam.pairs, questions=exam.questions
         )
-        _use_length(model, subject, recipe, length)
         right = torch.stack([_answers(model, tokens, at) for tokens, at in zip(prompts.tokens, prompts.at, strict=True)])
         right = right == prompts.answers
         result.accuracy[length] = float(right.double().mean())
         if length == final:
             result.by_depth = by_depth(right, prompts.depths)
             result.answers = right.numel()
-            if subject.sparse:
-                densities.append(model.mtrain_context.statistics()["density"])
-    rows = held_out_rows(recipe.data, tokenizer, exam.text_rows, final, seed=exam.seed)
-    _use_length(model, subject, recipe, final)
+    rows = held_out_rows(
+        recipe.data,
+        tokenizer,
+        exam.text_rows,
+        final,
+        kinds=["python-stdlib"],
+        single_document=True,
+        seed=exam.seed,
+        progress=False,
+    )
+    densities: list[float] = []
     sums = torch.zeros(2, dtype=torch.float64)
     for tokens, labels in zip(rows.tokens, rows.labels, strict=True):
         sums += _text_loss(model, tokens, labels)
+        if subject.sparse:
+            densities.append(model.mtrain_context.statistics()["density"])
     result.text_loss = float(sums[0] / sums[1])
     result.density = sum(densities) / len(densities) if densities else None
     return result
@@ -117,19 +124,17 @@ def by_depth(right: Tensor, depths: Tensor) -> list[float]:
     return [float(right[bins == index].double().mean()) for index in range(DEPTH_BINS)]
 
 
-def _load(subject: Subject) -> Any:
-    if subject.sparse or subject.rope is not None:
-        return load_model(ModelRecipe(path=subject.model, rope=subject.rope)).eval()
-    # Plain transformers, as a user without mtrain would load it.
-    from transformers import AutoModelForCausalLM
+def _load(subject: Subject, recipe: Recipe, length: int) -> Any:
+    if not subject.sparse and subject.rope is None:
+        # Plain transformers, as a user without mtrain would load it.
+        from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(subject.model, local_files_only=True).eval()
-
-
-def _use_length(model: Any, subject: Subject, recipe: Recipe, length: int) -> None:
+        return AutoModelForCausalLM.from_pretrained(subject.model, local_files_only=True).eval()
+    model = load_model(ModelRecipe(path=subject.model, rope=subject.rope)).eval()
     if subject.sparse:
         layout = RingLayout.build("contiguous", length, 1, recipe.attention.block)
         attach(model, recipe.attention, SingleRing(), layout)
+    return model
 
 
 def _logits(model: Any, tokens: Tensor, keep: Tensor) -> Tensor:

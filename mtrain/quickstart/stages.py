@@ -18,7 +18,7 @@ from pathlib import Path
 from mtrain.errors import LaunchError
 from mtrain.recipe import Recipe, find_recipe, load_recipe
 
-BASE, EXTEND = "quickstart-base", "quickstart"
+BASE, EXTEND = "quickstart", "quickstart-extend"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def plan(output: Path, overrides: Sequence[str] = ()) -> dict[str, list[Stage]]:
         output: directory under which every run gets its own.
         overrides: recipe overrides for all stages, such as ``train.steps=4``.
     """
-    base = _stage("base model, short context, dense", BASE, [f"output={output / 'base'}", *overrides])
+    base = _stage("base model, short context, dense", BASE, [f"output={output / 'base'}", "parallel.dp=2", *overrides])
     start = [f"model.path={base.export}"]
     sparse = [f"output={output / 'sparse'}", *start, *overrides]
     dense = [f"output={output / 'dense'}", *start, "attention.pattern=dense", *overrides]
