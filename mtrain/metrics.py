@@ -47,7 +47,12 @@ class MetricsLog:
 
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr, mininterval=1.0
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log file needs no animation
         )
 
     def advance(self, shown: Mapping[str, str]) -> None:
