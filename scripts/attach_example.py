@@ -1,4 +1,4 @@
-"""Sparse ring attention in your own Accelerate loop: what `mtrain train` does, in forty lines, for a model you already have.
+"""Sparse ring attention in your own Accelerate loop: what `mtrain train` does, for a model of your own.
 
 Alone:      python scripts/attach_example.py
 Two ranks:  accelerate launch --config_file recipes/accelerate/cpu_2.yaml scripts/attach_example.py    (the same losses)

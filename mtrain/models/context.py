@@ -18,7 +18,7 @@ from mtrain.patterns import PatternPlan, measure_recall, spaced_rows
 from mtrain.recipe.schema import AttentionRecipe
 from sparse_kernels import SparsePattern
 
-# Rows of each head whose recall is measured, spread over the sequence: the cost is that of so many dense query rows per layer.
+# Rows of each head whose recall is measured, spread over the sequence; each costs one dense query row per layer.
 RECALL_ROWS = 64
 
 
@@ -50,8 +50,7 @@ class MicroBatch:
         """Sparse ring attention of one layer.
 
         The index is made in the first call of a layer and kept: an activation-checkpoint recompute must use the same
-            mask, or its
-        gradient would be that of another function.
+        mask, or its gradient would be that of another function.
 
         Args:
             layer: which layer.
@@ -133,8 +132,7 @@ class RingContext:
         self._checked_positions = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RingContext:
-        # A copied model (an average of weights, a twin) talks over the same ring: process groups and locks cannot be
-        # copied.
+        # A copied model (an average of weights, a twin) talks over the same ring: process groups cannot be copied.
         twin = RingContext(self.recipe, self.ring, self.layout, self.num_layers)
         twin.plan, twin.step = copy.deepcopy(self.plan, memo), self.step
         return twin
@@ -174,8 +172,7 @@ class RingContext:
         return current
 
     def _fit(self, current: MicroBatch, batch: int, length: int) -> None:
-        """Check lengths. Alone, any length is a whole sequence in its natural order; in a ring only shards of the
-        layout fit."""
+        """Check lengths. Alone, any length is a whole sequence in its natural order; in a ring only shards fit."""
         layout = current.layout
         if length != layout.local_len:
             if self.ring.world_size > 1:
@@ -207,8 +204,7 @@ class RingContext:
     def check_positions(self, layout: RingLayout, given: Tensor) -> None:
         """Once per layout: positions that a caller gives without documents must be the layout's.
 
-        Positions that start again at 0 mean packed documents, and a pattern that is not told about them would look
-        across.
+        Positions that start again at 0 mean packed documents; a pattern that is not told of them would look across.
         """
         expected = self.positions(layout, given.device)[: given.shape[-1]]
         if not self._checked_positions and not bool(((given == expected) | (expected >= layout.seq_len)).all()):
@@ -219,8 +215,7 @@ class RingContext:
         self._checked_positions = True
 
     def statistics(self) -> dict[str, Any]:
-        """What the newest micro-batch computed. Every rank of the ring makes this call (documents and recall are
-        gathered).
+        """What the newest micro-batch computed. Every rank of the ring makes this call: documents are gathered.
 
         Returns:
             ``density``: mean over layers, heads and rows; ``density_per_layer``: list. ``tile_density``: computed tile

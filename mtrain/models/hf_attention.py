@@ -1,5 +1,4 @@
-"""The door to transformers: an attention function and a mask function under one name, chosen per model, nothing
-patched.
+"""The door to transformers: an attention and a mask function under one name, chosen per model, nothing patched.
 
 transformers calls the attention function of every layer with rotated q, k and v; everything else it needs to know
 (whose shards, which documents, which index) arrives in a `MicroBatch` that `attach` sends along as a keyword argument
@@ -23,8 +22,8 @@ from mtrain.models.refuse import refuse_call
 NAME = "mtrain"
 KEYWORD = "mtrain_batch"
 # Stands for "no mask" in a forward over whole sequences. transformers hands a 4-D mask through as it is; for None it
-# would first
-# look for packed documents in position_ids, which waits for the device and takes the order of a layout for documents.
+# would first look for packed documents in position_ids, which waits for the device, and would take the order of a
+# layout for documents.
 NO_MASK = torch.empty(0, 0, 0, 0)
 
 
@@ -74,12 +73,7 @@ def sparse_ring_attention(
 
 
 def mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask of a forward: none at all for whole sequences (never N x N), the exact boolean one for a key-value
-    cache.
-
-    transformers' own mask function would take the permuted position_ids of a layout for packed documents and build N x
-    N.
-    """
+    """The mask of a forward: none for whole sequences (never N x N), the exact boolean one for a key-value cache."""
     if q_length == kv_length:
         return attention_mask
     kwargs["allow_is_causal_skip"] = False
@@ -89,8 +83,7 @@ def mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One dtype for all three: under autocast q and k leave RoPE in float32 while v is already in the autocast
-    dtype."""
+    """One dtype for all three: under autocast q and k leave RoPE in float32, while v has the autocast dtype already."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     return query.to(dtype), key.to(dtype), value.to(dtype)

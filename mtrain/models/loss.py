@@ -112,8 +112,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a @ b summed and returned in the wide dtype; the plain product of bfloat16 matrices would round every logit to 8
-    bits."""
+    """a @ b, summed and returned in the wide dtype: a plain bfloat16 product would round every logit to 8 bits."""
     if a.dtype == wide:
         return a @ b
     if a.device.type == "cuda":
@@ -147,11 +146,10 @@ class FusedLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         """Called by transformers with what `LossHead` returned; a scalar is the sum of token losses."""
-        return (
-            logits
-            if logits.dim() == 0
-            else self.ordinary(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        )
+        if logits.dim() == 0:
+            return logits
+        loss: Tensor = self.ordinary(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return loss
 
 
 def install_loss_head(model: Any, chunk: int = 1024) -> Any:
@@ -163,7 +161,8 @@ def install_loss_head(model: Any, chunk: int = 1024) -> Any:
 
     Args:
         model: a transformers causal language model.
-        chunk: rows projected at a time; extra memory is about 3 * chunk * vocab_size * 4 bytes.
+        chunk: rows projected at a time. Extra memory is about 3 * chunk * vocab_size * 4 bytes, and the gradients of
+            the head's weight and input from the forward pass on.
 
     Returns:
         The same model.

@@ -110,6 +110,8 @@ def check_rope(model: nn.Module, before: Any | None = None) -> None:
             )
         if rope_type(config) in ("dynamic", "longrope"):
             continue  # chosen anew in every forward
+        if inv_freq.is_meta:
+            continue  # not loaded yet
         want, want_scale = frequencies(config)
         scale = float(getattr(module, "attention_scaling", 1.0))
         if not _same(inv_freq, scale, want, want_scale):

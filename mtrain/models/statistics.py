@@ -1,5 +1,4 @@
-"""What a micro-batch computed: density, tile work, imbalance, recall. Looked at when a line is logged, never on the hot
-path."""
+"""What a micro-batch computed: density, tile work, imbalance, recall. For a line of the log, never on the hot path."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ def statistics(batch: MicroBatch) -> dict[str, Any]:
 
 
 def mask_density(pattern: SparsePattern, doc_start: Tensor | None = None) -> float:
-    """Allowed pairs over causal pairs of the same documents, mean over batch rows and heads. Exact, in O(S) per batch
-    row.
+    """Allowed pairs over causal pairs of the same documents, mean over batch rows and heads; exact, in O(S).
 
     The mean of `SparsePattern.density`, which walks all query blocks. Here rows are counted in closed form. In query
     block m, all rows whose document begins before the block share one document, so they see the same columns; along a

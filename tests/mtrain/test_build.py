@@ -36,7 +36,7 @@ def saved(path: Path, **changes: Any) -> str:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
 def test_from_scratch_and_back(family: str, tmp_path: Path) -> None:
-    """The same seed gives the same weights, the global generator is left alone, and a saved model comes back bit for bit."""
+    """The same seed gives the same weights, the global generator is left alone, a saved model comes back bit for bit."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first, second, other = (load_model(recipe(family), seed=seed) for seed in (4, 4, 5))

@@ -129,7 +129,7 @@ def test_bad_arguments_say_what_to_give() -> None:
 
 
 def test_loss_rule_over_unequal_ranks() -> None:
-    """DDP's average of the scaled losses has the gradient of the plain mean over all valid tokens, an empty rank included."""
+    """DDP's average of the scaled losses has the gradient of the mean over all valid tokens, an empty rank included."""
     torch.manual_seed(1)
     weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     hidden = torch.randn(30, 6, dtype=torch.float64)

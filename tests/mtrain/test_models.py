@@ -1,4 +1,4 @@
-"""Attached models are the same functions as their plain twins, on any number of ranks; models that would not be are refused."""
+"""Attached models are the same functions as their plain twins, on any number of ranks; other models are refused."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
-from mtrain.comm import Ring, SingleRing, run_ranks
+from mtrain.comm import ProcessRing, Ring, SingleRing, run_ranks
 from mtrain.errors import ModelError
 from mtrain.layout import RingLayout
 from mtrain.models.attach import attach, detach
-from mtrain.models.loss import install_loss_head
+from mtrain.models.loss import install_loss_head, scaled_loss
 from mtrain.models.refuse import refuse
 from mtrain.models.statistics import mask_density
 from mtrain.patterns import PatternPlan
 from mtrain.patterns.index import index_lists
 from mtrain.recipe.schema import AttentionRecipe, RefreshEvery, TopKBudget
+from mtrain.topology import RingTopology
 from sparse_kernels import SparsePattern
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
@@ -269,7 +272,7 @@ def test_statistics() -> None:
 
 @pytest.mark.parametrize("recipe", [DENSE, SPARSE], ids=["dense", "sparse"])
 def test_other_lengths_alone(recipe: AttentionRecipe) -> None:
-    """A ring of one takes any length, padded to blocks or not; the numbers do not depend on the layout it was built with."""
+    """A ring of one takes any length; the numbers do not depend on the layout it was attached with."""
     model = model_of("qwen2").eval()
     for length in (1, BLOCK, 19, SEQ, 101):
         ids = tokens(length=length)
@@ -332,6 +335,32 @@ def test_distributed_data_parallel_wraps_an_attached_model(tmp_path: Any) -> Non
     finally:
         torch.distributed.destroy_process_group()
     assert_same((losses[0], gradients(mine)), (losses[1], gradients(plain)), 0)
+
+
+def _fully_sharded(process: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=process, world_size=2)
+    ring = ProcessRing.create(RingTopology(1, 2))
+    layout = RingLayout.build("striped", SEQ, 2, BLOCK)
+    model: Any = install_loss_head(attach(checkpointed(model_of("qwen2")), SPARSE, ring, layout), chunk=16)
+    for unit in (*model.model.layers, [model.model.norm, model.lm_head], model):
+        fully_shard(unit)
+    labels = layout.shard(shifted(tokens()) + 100, process, 1) - 100
+    model.mtrain_context.begin(layout.shard(documents(), process, 1), step=0)
+    loss = model(input_ids=layout.shard(tokens(), process, 1), shift_labels=labels).loss
+    scaled_loss(loss, 1, num_averaged_ranks=2).backward()
+    total = ring.all_reduce(loss.detach())
+    whole = {name: gradient.full_tensor() for name, gradient in gradients(model).items()}
+    if process == 0:
+        torch.save((total, whole), f"{folder}/result")
+    torch.distributed.destroy_process_group()
+
+
+def test_fully_sharded_data_parallel_over_two_processes(tmp_path: Any) -> None:
+    """FSDP2 with activation checkpointing on a real ring: the gradients of one rank, the head in a unit of its own."""
+    mp.start_processes(_fully_sharded, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    want = on_ranks(model_of("qwen2"), SPARSE, "contiguous", 1, 1, documents())
+    assert_same(torch.load(tmp_path / "result"), want, 1e-5)
 
 
 def test_models_of_one_config_object_stay_apart() -> None:
