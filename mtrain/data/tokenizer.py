@@ -72,6 +72,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
+        # Bytes leave nothing unknown. It is named all the same, because AutoTokenizer loads a directory by its model's family,
+        # and some families (Qwen2) would add an unknown token of their own, one id beyond the model's embedding.
+        unk_token=_PAD,
         pad_token=_PAD,
         bos_token=_BOS,
         eos_token=_EOS,

@@ -123,3 +123,18 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         load_tokenizer(str(tmp_path))
     assert not canary.exists()
+
+
+def test_beside_a_model_of_any_family_it_keeps_its_ids(tmp_path: Path) -> None:
+    """AutoTokenizer picks the class by the model's family; that class must not add ids or split text differently."""
+    from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+    text = "héllo\n\tdef f(x): return 12345  # <|k03|><|v07|>"
+    ours = load_tokenizer("bytes")
+    for config in (Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, Phi3Config):
+        directory = tmp_path / config.model_type
+        config().save_pretrained(directory)
+        ours.save_pretrained(directory)
+        loaded = AutoTokenizer.from_pretrained(directory)
+        assert len(loaded) == len(ours), config.model_type
+        assert loaded(text)["input_ids"] == ours(text)["input_ids"], config.model_type
