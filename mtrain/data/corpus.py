@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mtrain.data.documents import Document, content_hash
-from mtrain.data.packing import Row, Sample, fill_row, make_row
+from mtrain.data.packing import IGNORE, Row, Sample, fill_row, make_row
 from mtrain.data.source import Source, seeded
 from mtrain.data.store import HELD_OUT_EVERY, TokenStore
 from mtrain.data.tokenizer import encode_texts, pad_id
@@ -213,3 +213,29 @@ class StreamSource(Source):
         head, tail = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         frame = ([] if head is None else [head], [] if tail is None else [tail])
         self._open, self._offset = np.concatenate([frame[0], ids, frame[1]]).astype(np.int64), 0
+
+
+class TailLoss(Source):
+    """Another source's rows with the loss on their last ``count`` tokens only.
+
+    The loss is a mean over targets, so a row of text outweighs the few answers of a retrieval row a hundredfold; this
+    keeps text in the mixture, all of it as context, at a weight of one's choice.
+    """
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.name, self.source, self.count = source.name, source, count
+
+    def row(self, index: int) -> Row:
+        """See :meth:`Source.row`."""
+        row = self.source.row(index)
+        labels = row.labels.clone()
+        labels[: max(0, len(labels) - self.count - 1)] = IGNORE
+        return Row(row.tokens, labels, row.doc_start)
+
+    def state_dict(self, rows: int) -> dict[str, Any]:
+        """That of the other source."""
+        return self.source.state_dict(rows)
+
+    def load_state_dict(self, state: Mapping[str, Any], rows: int) -> None:
+        """To the other source."""
+        self.source.load_state_dict(state, rows)

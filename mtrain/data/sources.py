@@ -5,6 +5,7 @@ python-stdlib   source files of the standard library         shuffle
 text            .txt files: file, directory or glob          by (document, paragraph, line), shuffle
 jsonl, parquet  the column `field`                           max_bad_fraction, shuffle
 hf              a Hugging Face dataset (hub id or directory)  streaming, shuffle_buffer, shuffle, max_bad_fraction
+all of these    loss only on a row's last tokens              loss_last (the number of tokens; validation ignores it)
 retrieval       nothing (haystack from the library)          see mtrain.data.retrieval.RetrievalTask
 induction       nothing                                      see mtrain.data.induction.InductionSource
 """
@@ -20,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mtrain.data import documents as docs
-from mtrain.data.corpus import CorpusSource, StreamSource
+from mtrain.data.corpus import CorpusSource, StreamSource, TailLoss
 from mtrain.data.induction import InductionSource
 from mtrain.data.retrieval import RetrievalSource, RetrievalTask
 from mtrain.data.source import Options, Source
@@ -80,6 +81,12 @@ def build_source(recipe: SourceRecipe, name: str, context: SourceContext) -> Sou
             length=recipe.length,
         )
     options = Options(recipe.options, f"a {recipe.kind} source")
+    last = options.integer("loss_last", 0)
+    source = _text_source(recipe, name, context, options)
+    return TailLoss(source, last) if last and not context.held_out else source
+
+
+def _text_source(recipe: SourceRecipe, name: str, context: SourceContext, options: Options) -> Source:
     if recipe.kind == "hf" and options.flag("streaming", True):
         return _stream(recipe, name, context, options)
     shuffle = options.flag("shuffle", True)
@@ -178,9 +185,8 @@ def _stream(recipe: SourceRecipe, name: str, context: SourceContext, options: Op
 def _chosen(store: TokenStore, recipe: SourceRecipe, held_out: bool | None) -> np.ndarray:
     """Documents of this side of the held-out split."""
     if held_out is None and recipe.kind == "python-stdlib":
-        held_out = (
-            False  # its validation files are never trained on, so runs can be compared whatever their recipe says
-        )
+        # Its validation files are never trained on, so that runs compare whatever their recipes say.
+        held_out = False
     if held_out is None:
         return np.arange(len(store.hashes))
     chosen = np.flatnonzero(store.held_out() == held_out)

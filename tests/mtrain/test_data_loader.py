@@ -15,7 +15,7 @@ import torch
 
 from mtrain.data import Batch, Entry, Loader, SourceContext, build_source, held_out_rows, load_tokenizer, make_loader
 from mtrain.data.corpus import CorpusSource, StreamSource
-from mtrain.data.documents import Document
+from mtrain.data.documents import Document, read_stdlib
 from mtrain.data.packing import IGNORE, Row, Sample, fill_row, make_row
 from mtrain.data.sources import source_names
 from mtrain.data.store import build_store
@@ -323,14 +323,26 @@ def test_validation_rows_are_never_trained_on(tmp_path: Path, streaming: bool | 
     trained = _pieces(torch.cat([b.tokens for _ in range(40) for b in loader.next_step()]))
     checked = _pieces(held_out_rows(recipe.data, TOKENIZER, 6, 96).tokens)
     assert checked and trained and not checked & trained and (checked | trained) <= set(texts)
+    assert len(trained) > 100 and len(checked) < 12
     everything = make_loader(_recipe(source), TOKENIZER, cache_dir=tmp_path / "tokens", progress=False)
     assert _pieces(torch.cat([b.tokens for _ in range(80) for b in everything.next_step()])) & checked
+
+
+def _documents_of(source: Any) -> set[int]:
+    assert isinstance(source, CorpusSource)
+    return set(source.documents.tolist())
 
 
 def test_validation_rows_of_the_library_and_of_tasks() -> None:
     recipe = _mixture()
     rows = held_out_rows(recipe.data, TOKENIZER, 5, 200)
     assert set(rows.sources) == {"python-stdlib (held out)"} and rows.tokens.shape == (5, 200)
+    trained = make_loader(_recipe(SourceRecipe("python-stdlib"), validation_rows=0), TOKENIZER)
+    kept = _documents_of(trained.entries[0].source)
+    assert 0.02 < 1 - len(kept) / len(list(read_stdlib())) < 0.1
+    assert not kept & _documents_of(
+        build_source(SourceRecipe("python-stdlib"), "s", SourceContext(TOKENIZER, 64, held_out=True))
+    )
     again = held_out_rows(replace(recipe, seed=99).data, TOKENIZER, 5, 200)
     assert torch.equal(rows.tokens, again.tokens)
     single = held_out_rows(recipe.data, TOKENIZER, 4, 1000, single_document=True)
@@ -341,6 +353,22 @@ def test_validation_rows_of_the_library_and_of_tasks() -> None:
         held_out_rows(recipe.data, TOKENIZER, 4, 200, kinds=["jsonl"])
     with pytest.raises(DataError, match="no document of 100000000 tokens"):
         held_out_rows(recipe.data, TOKENIZER, 1, 100_000_000, single_document=True)
+
+
+@pytest.mark.parametrize("last", [1, 40, 95, 96, 500])
+def test_loss_on_the_last_tokens_only(last: int) -> None:
+    plain, tail = (
+        make_loader(_recipe(SourceRecipe("python-stdlib", options=options), seq_len=96), TOKENIZER)
+        for options in ({}, {"loss_last": last})
+    )
+    for _ in range(5):
+        for a, b in zip(plain.next_step(), tail.next_step(), strict=True):
+            first = max(0, 95 - last)  # the position that predicts the first of the last tokens
+            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels[:, first:], b.labels[:, first:])
+            assert (b.labels[:, :first] == IGNORE).all()
+    assert plain.state_dict() == tail.state_dict()
+    data = _recipe(SourceRecipe("python-stdlib", options={"loss_last": last})).data
+    assert (held_out_rows(data, TOKENIZER, 2, 96, single_document=True).labels[:, :-1] != IGNORE).all()
 
 
 def test_a_lone_document_cannot_be_held_out(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from mtrain.data.documents import content_hash, read_stdlib
 from mtrain.data.induction import InductionSource
 from mtrain.data.packing import IGNORE, Row
 from mtrain.data.retrieval import RetrievalMaker, RetrievalSource, RetrievalTask, retrieval_prompts
 from mtrain.data.stdlib import TokenizerKey, stdlib_text
+from mtrain.data.store import HELD_OUT_EVERY
 from mtrain.data.tokenizer import load_tokenizer
 from mtrain.errors import DataError
 
@@ -138,12 +140,12 @@ def test_prompts_repeat_and_differ() -> None:
 
 
 def test_prompts_use_held_out_text() -> None:
-    training, held_out = (
-        stdlib_text(TokenizerKey(TOKENIZER), side).astype(np.uint8).tobytes() for side in (False, True)
-    )
-    body = retrieval_prompts(TOKENIZER, 500, 0.0, 1, seed=0, pairs=1, spread=0.0).tokens[0].numpy()
-    hay = body[3 : np.flatnonzero(body == ASK)[0]].astype(np.uint8).tobytes()
-    assert hay in held_out and hay not in training
+    held_out = [d.text.encode() for d in read_stdlib() if content_hash(d.text) % HELD_OUT_EVERY == 7]
+    training = [d.text.encode() for d in read_stdlib() if content_hash(d.text) % HELD_OUT_EVERY != 7]
+    for wanted, other, side in ((held_out, training, True), (training, held_out, False)):
+        body = retrieval_prompts(TOKENIZER, 500, 0.0, 1, seed=0, pairs=1, spread=0.0, held_out=side).tokens[0].numpy()
+        hay = body[3 : np.flatnonzero(body == ASK)[0]].astype(np.uint8).tobytes()
+        assert hay in b"".join(wanted) and not any(hay in text for text in other)
 
 
 def test_needle_sentences_hold_the_answer() -> None:
