@@ -140,12 +140,13 @@ def test_prompts_repeat_and_differ() -> None:
 
 
 def test_prompts_use_held_out_text() -> None:
-    held_out = [d.text.encode() for d in read_stdlib() if content_hash(d.text) % HELD_OUT_EVERY == 7]
-    training = [d.text.encode() for d in read_stdlib() if content_hash(d.text) % HELD_OUT_EVERY != 7]
-    for wanted, other, side in ((held_out, training, True), (training, held_out, False)):
+    sides: dict[bool, list[bytes]] = {True: [], False: []}
+    for document in read_stdlib():
+        sides[content_hash(document.text) % HELD_OUT_EVERY == 7].append(document.text.encode())
+    for side in (True, False):
         body = retrieval_prompts(TOKENIZER, 500, 0.0, 1, seed=0, pairs=1, spread=0.0, held_out=side).tokens[0].numpy()
         hay = body[3 : np.flatnonzero(body == ASK)[0]].astype(np.uint8).tobytes()
-        assert hay in b"".join(wanted) and not any(hay in text for text in other)
+        assert hay in b"".join(sides[side]) and hay not in b"".join(sides[not side])
 
 
 def test_needle_sentences_hold_the_answer() -> None:
