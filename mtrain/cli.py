@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a model as a recipe says",
     "quickstart": "a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin",
     "inspect": "print a recipe as it resolves: every value, the mesh, the layout, warnings",
+    "verify": "prove on this machine that ring attention equals dense masked attention",
     "doctor": "print versions, devices and which attention backends can run here",
 }
 

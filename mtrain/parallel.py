@@ -128,6 +128,20 @@ def _init_process_group(world_size: int, timeout: timedelta) -> None:
         ) from error
 
 
+def join_processes(timeout: timedelta) -> tuple[int, int, torch.device]:
+    """For commands without a recipe: start (or join) the launched process group; (rank, world_size, device)."""
+    size = launched_world_size()
+    _init_process_group(size, timeout)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (dist.get_rank() if size > 1 else 0), size, device
+
+
+def leave_processes() -> None:
+    """Leave the process group, if there is one (a clean end; after an error the process just exits)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class World:
     """All processes of a run and this one's place among them.
@@ -271,8 +285,7 @@ class World:
 
     def close(self) -> None:
         """Leave the process group (a clean end; after an error the process just exits)."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
 
 
 def make_world(recipe: Recipe) -> World:

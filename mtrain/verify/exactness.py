@@ -63,6 +63,11 @@ class Problem:
     pattern: SparsePattern
     truth: tuple[Tensor, ...]
 
+    def to(self, device: torch.device) -> Problem:
+        """The same problem on another device."""
+        inputs = (t.to(device) for t in (self.q, self.k, self.v, self.dout, self.doc_start))
+        return Problem(*inputs, self.pattern.to(device), tuple(t.to(device) for t in self.truth))
+
 
 def all_cases(dtype: torch.dtype = torch.float64) -> Iterator[Case]:
     """The full matrix, every combination once."""
