@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import signal
 import threading
@@ -59,14 +60,21 @@ def train(recipe: Recipe) -> dict[str, Any]:
             that is not finite.
     """
     world = make_world(recipe)
+    summary = _run(recipe, world)
+    # The gradient engine must be gone before the process group: if it held the last reference to a group, that would be
+    # destroyed under the interpreter lock while a transport thread waits for the same lock (seen as a hang at the end).
+    gc.collect()
+    world.close()
+    return summary
+
+
+def _run(recipe: Recipe, world: World) -> dict[str, Any]:
     run = Run(recipe, world)
     try:
         with StopRequest() as stop:
-            summary = run.loop(stop)
+            return run.loop(stop)
     finally:
         run.log.close()
-    world.close()
-    return summary
 
 
 class StopRequest:

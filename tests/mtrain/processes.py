@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import sys
@@ -51,6 +52,7 @@ def _child(
     )
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(timeout + 40, exit=True)  # a hang shows where
     store = dist.FileStore(f"{directory}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     started = time.monotonic()
