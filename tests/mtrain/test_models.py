@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
+from mtrain.attention import ring_attention
 from mtrain.comm import ProcessRing, Ring, SingleRing, run_ranks
 from mtrain.errors import ModelError
 from mtrain.layout import RingLayout
@@ -309,15 +310,25 @@ def test_padding_masks_alone() -> None:
         mine(input_ids=ids, attention_mask=torch.ones(2, 1, SEQ, SEQ, dtype=torch.bool))
 
 
-def test_bfloat16_autocast() -> None:
-    """q and k leave RoPE in float32 while v is bfloat16: both directions must run, and stay near float32."""
+def test_bfloat16_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q and k leave RoPE in float32 while v is bfloat16: all three arrive as bfloat16, and results stay near float32."""
+    seen: list[torch.dtype] = []
+
+    def watched(*qkv: Any, **kwargs: Any) -> Any:
+        seen.extend(x.dtype for x in qkv[:3])
+        assert not torch.is_autocast_enabled("cpu")
+        return ring_attention(*qkv, **kwargs)
+
+    monkeypatch.setattr("mtrain.models.context.ring_attention", watched)
     layout, ids = RingLayout.build("striped", SEQ, 1, BLOCK), tokens()
     want, got = (attach(model_of("qwen2"), SPARSE, SingleRing(), layout) for _ in range(2))
     loss = want(input_ids=ids, labels=ids).loss
     loss.backward()
+    seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
         low = checkpointed(got)(input_ids=ids, labels=ids).loss
     low.backward()
+    assert seen == [torch.bfloat16] * 12  # two layers, forward and recompute
     assert abs(low - loss) < 0.03 * loss
     flat = [torch.cat([g.flatten() for g in gradients(model).values()]) for model in (got, want)]
     assert F.cosine_similarity(flat[0], flat[1], 0) > 0.98
