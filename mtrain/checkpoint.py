@@ -13,17 +13,18 @@ torchtitan (https://github.com/pytorch/torchtitan) and Megatron-LM's integrity m
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,7 +92,8 @@ class Checkpointer:
                 the newest is damaged. "never": None. Anything else: the directory of one checkpoint.
 
         Raises:
-            CheckpointError: the named checkpoint is missing or damaged, or all those found by "auto" are damaged.
+            CheckpointError: the named checkpoint is missing or damaged, all those found by "auto" are damaged, or the run's
+                own directory cannot be written.
         """
         chosen = self._agree("the main process to choose a checkpoint", self._on_main(self._find), resume)[0]
         return None if chosen is None else Path(chosen)
@@ -115,23 +117,7 @@ class Checkpointer:
         return action if self.world.is_main else lambda *_: None
 
     def _agree(self, what: str, action: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run ``action`` here, then learn how all ranks fared: their results, or the same error everywhere."""
-        result, problem = None, None
-        try:
-            result = action(*args)
-        except CheckpointError as error:
-            problem = str(error)
-        except (OSError, SafetensorError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        answers = self.world.gather_json([result, problem], what=what)
-        problems = [
-            text if self.world.world_size == 1 else f"rank {rank}: {text}"
-            for rank, (_, text) in enumerate(answers)
-            if text
-        ]
-        if problems:
-            raise CheckpointError("; ".join(problems))
-        return [result for result, _ in answers]
+        return self.world.together(what, functools.partial(action, *args), error=CheckpointError)
 
     def _start(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -156,6 +142,10 @@ class Checkpointer:
                 logger.warning("could not delete the old checkpoint %s: %s", old, error)
 
     def _find(self, resume: str) -> str | None:
+        # A directory that cannot be written should end the run now, not at the first save.
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.directory):
+            pass
         if resume == "never":
             return None
         if resume != "auto":
@@ -229,7 +219,15 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state of a (verified) checkpoint as it was given to `Checkpointer.save`, tensors put back on the CPU."""
+    """The state of a (verified) checkpoint as it was given to `Checkpointer.save`, tensors put back on the CPU.
+
+    Raises:
+        CheckpointError: this process does not see what the main process has verified.
+    """
+    if not (path / STATE).exists():
+        raise CheckpointError(
+            f"{path} is not visible to this process: on several machines put output on a shared file system"
+        )
     packed = path / "state.safetensors"
     tensors = load_file(packed) if packed.exists() else {}
     state = unpack_state(json.loads((path / STATE).read_text()), tensors)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mtrain.comm import ProcessRing, Ring, SingleRing
-from mtrain.errors import LaunchError
+from mtrain.errors import LaunchError, MtrainError
 from mtrain.recipe import ParallelRecipe, Recipe
 from mtrain.topology import RingTopology
 
@@ -234,6 +235,35 @@ class World:
     def barrier(self, what: str) -> None:
         """Wait until every rank is here; ``what`` names the wait when it fails."""
         self.gather_json(None, what=what)
+
+    def together(self, what: str, action: Callable[[], Any], *, error: type[MtrainError] = MtrainError) -> list[Any]:
+        """Run an action that touches the disk on every rank, then learn how all of them fared.
+
+        Args:
+            what: names the wait.
+            action: returns a JSON value.
+            error: what to raise.
+
+        Returns:
+            The results in rank order.
+
+        Raises:
+            error: on all ranks alike, when any rank met an MtrainError or the operating system said no.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except MtrainError as failure:
+            problem = str(failure)
+        except (OSError, SafetensorError) as failure:
+            problem = f"{type(failure).__name__}: {failure}"
+        answers = self.gather_json([result, problem], what=what)
+        problems = [
+            text if self.world_size == 1 else f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text
+        ]
+        if problems:
+            raise error("; ".join(problems))
+        return [result for result, _ in answers]
 
     def require_same(self, name: str, value: str | bytes) -> None:
         """Refuse to go on when ranks disagree on ``value`` (a recipe, a version, an input).

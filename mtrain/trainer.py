@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import os
 import signal
 import threading
 import time
@@ -78,10 +79,14 @@ def _run(recipe: Recipe, world: World) -> dict[str, Any]:
 
 
 class StopRequest:
-    """SIGTERM or SIGINT asks the run to stop after the step it is in; a second one ends it at once."""
+    """SIGTERM or SIGINT asks the run to stop after the step it is in; another one, some seconds later, ends it at once."""
+
+    # A launcher passes on the Ctrl-C that the terminal has already delivered: that echo is not a second request.
+    echo_s = 3.0
 
     def __init__(self) -> None:
         self.asked = False
+        self._when = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -97,8 +102,12 @@ class StopRequest:
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._when = True, now
+        elif now - self._when > self.echo_s:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -284,12 +293,16 @@ class Run:
     def export(self) -> Path:
         """The model as a plain Hugging Face directory, <output>/export; on every rank when it is there."""
         directory = self.output / "export"
+        self.world.together(
+            "the main process to export the model", lambda: self._export(directory), error=CheckpointError
+        )
+        self.log.say(f"finished {self.step} steps; the model is in {directory}")
+        return directory
+
+    def _export(self, directory: Path) -> None:
         if self.world.is_main:
             training = {"step": self.step, "tokens": self.tokens, "recipe": self.recipe.to_dict()}
             export_model(self.model, self.tokenizer, directory, training=training)
-            self.log.say(f"finished {self.step} steps; the model is in {directory}")
-        self.world.barrier("the main process to export the model")
-        return directory
 
 
 def enable_activation_checkpointing(model: Any) -> None:

@@ -151,6 +151,23 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, monkeypatch, number):
     assert train(tiny_recipe(tmp_path))["resumed_from"] == 4
 
 
+def test_the_echo_of_a_signal_is_ignored_a_later_one_is_not():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        stop.echo_s = -1.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 1)  # handlers run between bytecodes
+
+
+def test_an_output_that_cannot_be_written_ends_the_run_before_it_starts(tmp_path):
+    (tmp_path / "run").write_text("a file where a directory should be")
+    with pytest.raises(CheckpointError, match="NotADirectoryError|FileExistsError"):
+        train(tiny_recipe(tmp_path))
+
+
 def test_resume_goes_around_damage_loudly(tmp_path, caplog):
     train(tiny_recipe(tmp_path, "whole"))
     train(tiny_recipe(tmp_path, checkpoint__stop_after=5))
