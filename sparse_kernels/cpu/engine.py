@@ -76,13 +76,6 @@ def _block_heads(x: Tensor, g: Geometry) -> Tensor:
     return x.reshape(-1, g.block, g.heads, g.head_dim).transpose(1, 2)
 
 
-def _query_rows(items: Tensor, g: Geometry) -> Tensor:
-    """int64 [N * b]: rows of these items in q seen as [B * nq * b * H, D]."""
-    block, pair = items % g.num_q_blocks, items // g.num_q_blocks
-    first = (pair // g.heads * g.num_q_blocks + block) * (g.block * g.heads) + pair % g.heads
-    return (first[:, None] + torch.arange(g.block) * g.heads).flatten()
-
-
 def _take(x: Tensor, rows: Tensor, number: int) -> Tensor:
     """[number, 1, rows per item, D] gathered from x seen as rows of D numbers."""
     head_dim = x.shape[-1]
@@ -94,7 +87,7 @@ def _chunk_forward(
 ) -> None:
     """Add the keys of one chunk to the running (out, lse), in place. ``fresh``: these items have seen nothing yet."""
     g, number = plan.geometry, len(chunk.items)
-    rows, keys = _query_rows(chunk.items, g), chunk.rows.flatten()
+    rows, keys = chunk.query_rows, chunk.rows.flatten()
     new, new_lse = flash_forward(
         _take(q, rows, number), _take(k, keys, number), _take(v, keys, number), plan.row_mask(chunk, q.dtype), False, scale
     )
@@ -150,11 +143,12 @@ def _chunk_backward(
     """Add the gradients of one chunk to (dq, dk, dv), in place. ``saved``: dout, q, k, v, out, lse."""
     dout, q, k, v, out, lse = saved
     g, number = plan.geometry, len(chunk.items)
-    rows, keys = _query_rows(chunk.items, g), chunk.rows.flatten()
+    rows, keys = chunk.query_rows, chunk.rows.flatten()
     final = lse.view(-1, g.block).index_select(0, chunk.items)[:, None]
     parts = flash_backward(
         _take(dout, rows, number), _take(q, rows, number), _take(k, keys, number), _take(v, keys, number),
         _take(out, rows, number), final, plan.row_mask(chunk, q.dtype), False, scale,
     )  # fmt: skip
+    keys = keys.long()  # index_add_ has a fast path for int64 only
     for total, part, index in zip(grads, parts, (rows, keys, keys), strict=True):
         total.view(-1, g.head_dim).index_add_(0, index, part.reshape(-1, g.head_dim))

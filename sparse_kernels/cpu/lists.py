@@ -42,18 +42,26 @@ class Geometry:
         """Most list entries held at once: as many bytes as q has, so that the index stays O(S)."""
         return max(1 << 20, self.batch * self.heads * self.num_q_blocks * self.block * self.head_dim * self.itemsize // 4)
 
+    def query_rows(self, items: Tensor) -> Tensor:
+        """int64 [N * b]: rows of these items in q seen as [B * nq * b * H, D]."""
+        block, pair = items % self.num_q_blocks, items // self.num_q_blocks
+        first = (pair // self.heads * self.num_q_blocks + block) * (self.block * self.heads) + pair % self.heads
+        return (first[:, None] + torch.arange(self.block) * self.heads).flatten()
+
 
 @dataclass(frozen=True)
 class Chunk:
     """Items computed by one call.
 
     items: int64 [N] item numbers.
+    query_rows: int64 [N * b] rows of their queries in q seen as [B * nq * b * H, D].
     rows: int32 [N, n] key rows; entries beyond the length of a list repeat its first row.
     lengths: int64 [N] list lengths; None when every list has n entries.
     bounded: some key of some item is outside the bounds (causal, document) of some of its query rows.
     """
 
     items: Tensor
+    query_rows: Tensor
     rows: Tensor
     lengths: Tensor | None
     bounded: bool
@@ -120,14 +128,14 @@ class ListPlan:
         if chunk.lengths is None and not chunk.bounded:
             return None
         number, width = chunk.rows.shape
-        allowed = torch.ones(number, 1, width, dtype=torch.bool)
+        hidden = torch.zeros(1, 1, 1, dtype=torch.bool)
         if chunk.lengths is not None:
-            allowed = (torch.arange(width) < chunk.lengths[:, None])[:, None]
+            hidden = (torch.arange(width) >= chunk.lengths[:, None])[:, None]
         if chunk.bounded:
             query, start = self._query_bounds(chunk.items)
             key = self._key_positions(chunk.rows)[:, None]
-            allowed = allowed & (key <= query[..., None]) & (key >= start[..., None])
-        mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, MASKED)
+            hidden = hidden | (key > query[..., None]) | (key < start[..., None])
+        mask = hidden * torch.tensor(MASKED, dtype=dtype)
         return mask[:, None].expand(number, 1, self.geometry.block, width)
 
     def _document_bounds(self) -> tuple[Tensor, Tensor]:
@@ -237,7 +245,8 @@ class ListPlan:
         order = order[count[order] > 0]
         if not len(order):
             return []
-        spans = _spans(count[order].tolist(), int(flat_bounded.sum()), g)
+        num_bounded = int(flat_bounded.sum())
+        spans = _spans(count[order].tolist(), num_bounded, g)
         widths = torch.tensor([width for _, _, width in spans])
         sizes = torch.tensor([high - low for low, high, _ in spans])
         width_of_item = widths.repeat_interleave(sizes)
@@ -247,6 +256,7 @@ class ListPlan:
         rows = self._write_rows(selection, base, int(ends[-1]))
         panel = lengths.shape[2]
         item = order // panel * g.num_q_blocks + order % panel + low
+        query_rows = g.query_rows(item)
         chunks, offset = [], 0
         for (start, stop, width), size in zip(spans, sizes.tolist(), strict=True):
             here = rows[offset : offset + size * width].view(size, width)
@@ -257,7 +267,8 @@ class ListPlan:
                 length = None
             else:
                 here = torch.where(torch.arange(width) < length[:, None], here, here[:, :1])
-            chunks.append(Chunk(item[start:stop], here, length, bool(flat_bounded[order[start]])))
+            queries = query_rows[start * g.block : stop * g.block]
+            chunks.append(Chunk(item[start:stop], queries, here, length, start < num_bounded))
         return chunks
 
     def _write_rows(self, selection: _Selection, base: Tensor, total: int) -> Tensor:
