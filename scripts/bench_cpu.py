@@ -103,7 +103,9 @@ def check(case: Case) -> float:
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense causal attention of torch on [B, S, heads, D]."""
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+    )
     return out.transpose(1, 2)
 
 
@@ -196,7 +198,9 @@ def speed_table(cases: list[Case], rounds: int) -> tuple[list[str], bool]:
 
 def memory_table(cases: list[Case]) -> list[str]:
     """Markdown rows: peak extra memory and its size per token."""
-    lines = ["| S | density | q, k, v, out and their gradients, MiB | dense extra peak, MiB | sparse extra peak, MiB | sparse KiB per token |"]
+    lines = [
+        "| S | density | q, k, v, out and their gradients, MiB | dense extra peak, MiB | sparse extra peak, MiB | sparse KiB per token |"
+    ]
     lines.append("|---|---|---|---|---|---|")
     for case in cases:
         needed = 4 * case.seq_len * case.head_dim * (4 * case.heads + 4 * case.kv_heads) / 2**20
@@ -244,7 +248,10 @@ def main() -> int:
         error = check(case)
         worst = max(worst, error)
         if not error <= 1e-5 * 5:
-            print(f"WRONG: {case}: error {error:.2e} against float64 dense attention; no speed is printed", file=sys.stderr)
+            print(
+                f"WRONG: {case}: error {error:.2e} against float64 dense attention; no speed is printed",
+                file=sys.stderr,
+            )
             return 1
     header = [
         "# CPU attention: sparse backend against dense SDPA",
@@ -255,7 +262,7 @@ def main() -> int:
         "float32, forward + backward through autograd, index construction included.",
         f"Pattern: {SINK} sink columns, {LOCAL_BLOCKS} local block diagonals, random columns and random block diagonals; density as measured by "
         "`SparsePattern.density()`. 100 % is `SparsePattern.dense`.",
-        f"FLOP: {FLOP_FORMULA}. \"of ideal\" = speed-up x density.",
+        f'FLOP: {FLOP_FORMULA}. "of ideal" = speed-up x density.',
         f"Checked first: out, dq, dk, dv of every case (shortened to 987 tokens) against float64 dense attention, largest error {worst:.1e}.",
         "",
     ]
@@ -264,7 +271,12 @@ def main() -> int:
     if not args.quick:
         print()
         memory = memory_table([Case(s, 4, 4, 64, 128, 0.10) for s in (8192, 16384, 32768)])
-        lines += ["", "Peak extra memory of one forward + backward (growth of the peak resident set of a fresh process):", "", *memory]
+        lines += [
+            "",
+            "Peak extra memory of one forward + backward (growth of the peak resident set of a fresh process):",
+            "",
+            *memory,
+        ]
     if args.write:
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text("\n".join([*header, *lines, ""]))

@@ -69,6 +69,10 @@ class SparsePattern:
             object.__setattr__(self, "columns", torch.empty(batch, heads, 0, dtype=torch.int32, device=device))
         if self.diagonals is None:
             object.__setattr__(self, "diagonals", torch.zeros(batch, heads, 1, dtype=torch.int32, device=device))
+        assert self.diagonals is not None
+        # Looked at on the CPU only: on a GPU the check would wait for the device.
+        if device.type == "cpu" and (not self.diagonals.shape[2] or bool((self.diagonals[:, :, 0] != 0).any())):
+            raise PatternError("offset 0 must come first in the diagonals of every head, so that no row is without keys")
         if self.blocks is not None and self.blocks.shape[2:] != (self.num_blocks, self.num_blocks):
             raise PatternError(
                 f"blocks has shape {tuple(self.blocks.shape)}; expected [{batch}, {heads}, {self.num_blocks}, {self.num_blocks}] "

@@ -49,7 +49,7 @@ def _visible(view: ShardView) -> tuple[list[int], int]:
     """Key blocks before each real query block, and the number of real query blocks (padding ids are last)."""
     assert view.k_blocks is not None
     real = int((view.q_blocks < view.pattern.num_blocks).sum())
-    return torch.searchsorted(view.k_blocks, view.q_blocks[:real]).tolist(), real
+    return torch.searchsorted(view.k_blocks.contiguous(), view.q_blocks[:real].contiguous()).tolist(), real
 
 
 def _calls(view: ShardView) -> Iterator[tuple[slice, slice, bool]]:

@@ -49,7 +49,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
 def _diagonal_forward(q: Tensor, k: Tensor, v: Tensor, plan: ListPlan, scale: float) -> State:
     """Every query block against its own key block."""
     g = plan.geometry
-    out, lse = flash_forward(*(_block_heads(t, g) for t in (q, k, v)), None, True, scale)
+    out, lse = flash_forward(_block_heads(q, g), _block_heads(k, g), _block_heads(v, g), None, True, scale)
     out = out.transpose(1, 2).reshape(q.shape)
     lse = lse.view(g.batch, g.num_q_blocks, g.heads, g.block).transpose(1, 2).reshape(g.batch, g.heads, -1)
     skip = _skipped_rows(plan)
@@ -89,7 +89,12 @@ def _chunk_forward(
     g, number = plan.geometry, len(chunk.items)
     rows, keys = chunk.query_rows, chunk.rows.flatten()
     new, new_lse = flash_forward(
-        _take(q, rows, number), _take(k, keys, number), _take(v, keys, number), plan.row_mask(chunk, q.dtype), False, scale
+        _take(q, rows, number),
+        _take(k, keys, number),
+        _take(v, keys, number),
+        plan.row_mask(chunk, q.dtype),
+        False,
+        scale,
     )
     new, new_lse = new.reshape(number, g.block, -1), new_lse.reshape(number, g.block)
     if chunk.bounded:  # only here a row can be without keys
@@ -130,7 +135,10 @@ def _diagonal_backward(
     if skip is not None:
         lse = lse.masked_fill(skip[:, None], torch.inf)
     blocks = lse.view(g.batch, g.heads, g.num_q_blocks, g.block).transpose(1, 2).reshape(-1, g.heads, g.block)
-    dq, dk, dv = flash_backward(*(_block_heads(t, g) for t in (dout, q, k, v, out)), blocks, None, True, scale)
+    dq, dk, dv = flash_backward(
+        _block_heads(dout, g), _block_heads(q, g), _block_heads(k, g), _block_heads(v, g), _block_heads(out, g),
+        blocks, None, True, scale,
+    )  # fmt: skip
     dq, dk, dv = (t.transpose(1, 2).reshape(q.shape) for t in (dq, dk, dv))
     if g.heads != g.kv_heads:
         dk, dv = (t.view(g.batch, -1, g.kv_heads, g.heads // g.kv_heads, g.head_dim).sum(3) for t in (dk, dv))

@@ -37,13 +37,15 @@ def has_flash_operator() -> bool:
     mask[..., 20:] = MASKED
     mask = mask.expand(1, 1, 24, 24)
     try:
-        ours, theirs = plain_forward(q, k, v, mask, False, 0.3), _operator_forward(q, k, v, mask, False, 0.3)
-        final = ours[1] + 0.5
-        ours += plain_backward(dout, q, k, v, ours[0], final, mask, False, 0.3)
-        theirs += _operator_backward(dout, q, k, v, theirs[0], final, mask, False, 0.3)
+        out, lse = plain_forward(q, k, v, mask, False, 0.3)
+        wanted = (out, lse, *plain_backward(dout, q, k, v, out, lse + 0.5, mask, False, 0.3))
+        found = (
+            *_operator_forward(q, k, v, mask, False, 0.3),
+            *_operator_backward(dout, q, k, v, out, lse + 0.5, mask, False, 0.3),
+        )
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
         return False
-    return all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(ours, theirs, strict=True))
+    return all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(wanted, found, strict=True))
 
 
 def flash_forward(
@@ -55,7 +57,15 @@ def flash_forward(
 
 
 def flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) for final out and lse; a row with lse = +inf takes no part. See the module docstring."""
     call = _operator_backward if has_flash_operator() else plain_backward
@@ -72,7 +82,15 @@ def _operator_forward(
 
 
 def _operator_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
@@ -94,7 +112,15 @@ def plain_forward(
 
 
 def plain_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flash_backward` in plain torch, in strips of `PLAIN_ROWS` queries: dS = P * (dP - rowsum(dout * out))."""
     dk, dv = torch.zeros(k.shape, dtype=k.dtype), torch.zeros(v.shape, dtype=v.dtype)

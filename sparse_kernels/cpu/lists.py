@@ -40,7 +40,9 @@ class Geometry:
     @property
     def token_budget(self) -> int:
         """Most list entries held at once: as many bytes as q has, so that the index stays O(S)."""
-        return max(1 << 20, self.batch * self.heads * self.num_q_blocks * self.block * self.head_dim * self.itemsize // 4)
+        return max(
+            1 << 20, self.batch * self.heads * self.num_q_blocks * self.block * self.head_dim * self.itemsize // 4
+        )
 
     def query_rows(self, items: Tensor) -> Tensor:
         """int64 [N * b]: rows of these items in q seen as [B * nq * b * H, D]."""
@@ -307,8 +309,10 @@ def _spans(count: list[int], num_bounded: int, g: Geometry) -> list[tuple[int, i
         row_bytes = g.itemsize * (2 * g.head_dim + (g.block if start < num_bounded else 0))
         stop = min(stop, start + max(1, CHUNK_BYTES // (width * row_bytes)))
         waste, end = 0, start + 1
-        while end < stop and waste < CALL_MACS:
+        while end < stop:
             waste += (width - count[end]) * g.block * g.head_dim
+            if waste > CALL_MACS:
+                break
             end += 1
         spans.append((start, end, width))
         start = end

@@ -1,0 +1,64 @@
+"""The registry: who can run where, and the errors of people who ask for something else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparse_kernels import SparsePattern, backends, resolve_backend, sparse_attention
+
+
+def test_every_backend_is_listed_with_a_reason() -> None:
+    here = backends("cpu", torch.float32, 64)
+    assert here["cpu"] is None and here["reference"] is None
+    for name, reason in backends("cuda", torch.float32, 64).items():
+        assert reason is None or len(reason) > 10, name
+    assert "cuda" in str(backends("cuda", torch.float32, 64)["cpu"])
+
+
+def test_auto_takes_the_fast_one() -> None:
+    assert resolve_backend("auto", "cpu", torch.bfloat16, 64).name == "cpu"
+    assert resolve_backend("reference", "cpu", torch.float32, 64).name == "reference"
+
+
+def test_what_cannot_run_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"unknown attention backend 'cup'; choose auto or one of .*cpu"):
+        resolve_backend("cup", "cpu", torch.float32, 64)
+    with pytest.raises(ValueError, match="cannot run here.*cuda"):
+        resolve_backend("cpu", "cuda", torch.float32, 64)
+    with pytest.raises(ValueError, match="no attention backend can run torch.int64"):
+        resolve_backend("auto", "cpu", torch.int64, 64)
+
+
+def test_inputs_that_do_not_fit_the_pattern() -> None:
+    pattern = SparsePattern.dense(1, 4, 10, 4)
+    q, k = torch.zeros(1, 10, 4, 8), torch.zeros(1, 10, 2, 8)
+    with pytest.raises(ValueError, match="the pattern was made for"):
+        sparse_attention(q[:, :9], k[:, :9], k[:, :9], pattern)
+    with pytest.raises(ValueError, match="num_kv_heads dividing 4"):
+        sparse_attention(q, torch.zeros(1, 10, 3, 8), torch.zeros(1, 10, 3, 8), pattern)
+    with pytest.raises(ValueError, match="must both be"):
+        sparse_attention(q, k, k[..., :4], pattern)
+
+
+def test_lse_comes_on_request() -> None:
+    pattern = SparsePattern.dense(1, 2, 7, 4)
+    q = torch.randn(1, 7, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out, lse = sparse_attention(q, q, q, pattern, return_lse=True)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, q) * 8**-0.5
+    wanted = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse, wanted, rtol=0, atol=1e-12)
+    assert out.shape == q.shape
+
+
+@pytest.mark.slow
+def test_import_loads_no_backend_and_nothing_of_mtrain() -> None:
+    """Importing the package costs torch only; a backend is imported when it is asked for."""
+    code = "import sparse_kernels, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(done.stdout.split())
+    assert "sparse_kernels.attention" in loaded
+    assert not loaded & {"mtrain", "triton", "transformers", "sparse_kernels.cpu", "sparse_kernels.reference_backend"}
