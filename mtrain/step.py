@@ -18,6 +18,7 @@ from mtrain.models.context import RingContext
 from mtrain.models.loss import IGNORE, scaled_loss
 from mtrain.optim import set_learning_rate
 from mtrain.parallel import World
+from mtrain.rebalance import Rebalancer
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Stepper:
         world: the processes.
         precision: "fp32" or "bf16" (autocast of forward; parameters stay as they are).
         clip: largest global gradient norm; 0: none.
+        rebalancer: sets the layout before each step and measures it, for the layout "balanced".
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class Stepper:
         *,
         precision: str,
         clip: float,
+        rebalancer: Rebalancer | None = None,
     ) -> None:
         self.model, self.context, self.optimizer, self.world = model, context, optimizer, world
-        self.precision, self.clip = precision, clip
+        self.precision, self.clip, self.rebalancer = precision, clip, rebalancer
 
     def __call__(
         self, batches: Sequence[Batch], *, step: int, lr: float, measure_recall: bool = False, stop: bool = False
@@ -114,6 +117,8 @@ class Stepper:
             LaunchError: a peer was lost.
         """
         started = time.perf_counter()
+        if self.rebalancer is not None:
+            self.rebalancer.before_step(batches)
         targets = self._count_targets(batches, step)
         share = self._accumulate(batches, targets, step, measure_recall)
         own = torch.tensor([share, float(stop), time.perf_counter() - started], dtype=torch.float64)
@@ -128,6 +133,8 @@ class Stepper:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.rebalancer is not None:
+            self.rebalancer.after_step()
         return StepResult(
             loss=float(reports[:, 0].sum()),
             targets=targets,
@@ -155,6 +162,8 @@ class Stepper:
                 loss_sum = self._forward(shard)
                 with self.world.waiting_for(f"the gradients of step {step + 1}"):
                     self.world.backward(scaled_loss(loss_sum, targets, self.world.grad_divisor))
+            if self.rebalancer is not None:
+                self.rebalancer.after_micro_batch(batch)
             share += loss_sum.detach().double() / max(targets, 1)
         return float(share)
 

@@ -28,6 +28,7 @@ from mtrain.models.context import RingContext
 from mtrain.models.loss import install_loss_head
 from mtrain.optim import learning_rate, make_adamw
 from mtrain.parallel import World, fingerprint, make_world
+from mtrain.rebalance import make_rebalancer
 from mtrain.recipe import Recipe
 from mtrain.state import (
     changed_keys,
@@ -163,8 +164,15 @@ class Run:
         self.optimizer = make_adamw(
             self.model, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
+        self.rebalancer = make_rebalancer(attention.layout, self.context, self.world)
         self.stepper = Stepper(
-            prepared, self.context, self.optimizer, self.world, precision=train.precision, clip=train.clip
+            prepared,
+            self.context,
+            self.optimizer,
+            self.world,
+            precision=train.precision,
+            clip=train.clip,
+            rebalancer=self.rebalancer,
         )
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -254,6 +262,7 @@ class Run:
             "step": self.step,
             "tokens": self.tokens,
             "data": self.loader.state_dict(),
+            "balancer": None if self.rebalancer is None else self.rebalancer.state_dict(),
             "recipe": self.recipe.to_dict(),
             "config": config_fingerprint(self.model.config),
         }
@@ -285,6 +294,8 @@ class Run:
         patterns = f"patterns_{self.world.dp_rank}"
         if (path / f"{patterns}.safetensors").exists():
             self.context.plan.load_state_dict(load_tensors(path, patterns))
+        if self.rebalancer is not None and state["balancer"] is not None:
+            self.rebalancer.load_state_dict(state["balancer"])
         self.loader.load_state_dict(state["data"])
         self.step, self.tokens, self.saved = state["step"], state["tokens"], path
         self.checkpointer.set_aside_after(self.step)

@@ -113,6 +113,29 @@ def test_twenty_steps_have_the_same_losses(tmp_path, layout):
     assert together[0] == together[1] == pytest.approx(alone, rel=1e-4)
 
 
+def balanced_run(directory: Path, mesh: dict[str, int], run: str) -> tuple[list[float], list[list[list[int]]]]:
+    """Losses and the owner table of each step."""
+    recipe = mesh_recipe(directory, mesh, run, attention__layout="balanced", train__seq_len=230, train__steps=5)
+    made = Run(recipe, make_world(recipe))
+    losses, tables = [], []
+    for _ in range(5):
+        losses.append(made.one_step().loss)
+        tables.append(made.context.layout.table.tolist())
+    made.log.close()
+    return losses, tables
+
+
+def test_balanced_blocks_move_alike_on_a_ring_and_change_no_loss(tmp_path):
+    alone, _ = balanced_run(tmp_path, {}, "alone")
+    results = run_processes(balanced_run, 4, tmp_path / "work", tmp_path, {"dp": 2, "inner": 2}, "together")
+    for losses, tables in results:
+        assert losses == pytest.approx(alone, rel=1e-4)
+        assert tables[0] == [list(range(0, 30, 2)), list(range(1, 30, 2))]  # striped, before anything was measured
+        assert all(sorted(sum(table, [])) == list(range(30)) for table in tables)
+        assert any(table != tables[0] for table in tables[1:])
+    assert results[0] == results[1] and results[2] == results[3]
+
+
 def test_two_processes_resume_bitwise(tmp_path):
     mesh, changes = {"inner": 2}, {"attention__refresh": "frozen", "attention__layout": "balanced"}
     whole = run_processes(run_and_read, 2, tmp_path / "1", tmp_path, mesh, "whole", changes)[0]
