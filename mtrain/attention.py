@@ -163,8 +163,8 @@ class _RingAttention(torch.autograd.Function):
             ctx.store = ColumnStore.build(call.pattern, k.shape[2], call.ring, call.layout)
             carry = None
             if ctx.store is not None:
-                rows = ctx.store.gather(k, v, call.ring)
-                carry = call.backend.forward(q, *rows, call.view_of_columns(ctx.store), call.scale)
+                k_rows, v_rows = rows = ctx.store.gather(k, v, call.ring)
+                carry = call.backend.forward(q, k_rows, v_rows, call.view_of_columns(ctx.store), call.scale)
             out, lse = _ring_forward(q, k, v, call, carry)
         ctx.call = call
         ctx.save_for_backward(q, k, v, out, lse, *rows)
@@ -182,9 +182,10 @@ class _RingAttention(torch.autograd.Function):
             dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, call)
             if ctx.store is not None:
                 view = call.view_of_columns(ctx.store)
-                dq_part, *drows = call.backend.backward(dout, q, *rows, out, lse, view, call.scale)
-                dq += dq_part
-                ctx.store.scatter(dk, dv, *drows, call.ring)
+                k_rows, v_rows = rows
+                gradients = call.backend.backward(dout, q, k_rows, v_rows, out, lse, view, call.scale)
+                dq += gradients[0]
+                ctx.store.scatter(dk, dv, gradients[1], gradients[2], call.ring)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
@@ -298,8 +299,8 @@ def _gather_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     parts: list[Gradients] = []
     for _, heads, keys, values in _gathered(k, v, _head_chunks(k, q.shape[2], call), call):
         view = call.view_of_all(heads)
-        local = (dout[:, :, heads], q[:, :, heads], keys, values, out[:, :, heads], lse[:, heads])
-        dq, dk, dv = backend.backward(*local, view, call.scale)
+        dout_part, q_part, out_part = (t[:, :, heads] for t in (dout, q, out))
+        dq, dk, dv = backend.backward(dout_part, q_part, keys, values, out_part, lse[:, heads], view, call.scale)
         both = torch.stack([dk, dv]).chunk(ring.world_size, 2)
         mine = ring.reduce_scatter(both) if ring.world_size > 1 else both[0]
         parts.append((dq, mine[0], mine[1]))

@@ -169,7 +169,9 @@ class _Board:
             if self.failure:
                 raise _PeerStoppedError(self.failure)
             if not arrived:
-                raise LaunchError(f"rank {rank} waited {self.timeout:g} s for {key}: the ranks do not make the same calls")
+                raise LaunchError(
+                    f"rank {rank} waited {self.timeout:g} s for {key}: the ranks do not make the same calls"
+                )
             return self.messages.pop(key)
 
     def fail(self, reason: str) -> None:

@@ -112,7 +112,9 @@ class RingLayout:
     def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
         """The rank's part of a whole tensor with ``seq_len`` entries along ``dim``; padding is filled with zeros."""
         if x.shape[dim] != self.seq_len:
-            raise MtrainError(f"cannot shard {x.shape[dim]} entries along dim {dim}: this layout is for {self.seq_len} tokens")
+            raise MtrainError(
+                f"cannot shard {x.shape[dim]} entries along dim {dim}: this layout is for {self.seq_len} tokens"
+            )
         positions = self.positions(rank).to(x.device)
         part = x.index_select(dim, positions.clamp(max=self.seq_len - 1))
         shape = [1] * x.dim()
@@ -138,7 +140,9 @@ def padded_blocks(kind: str, seq_len: int, ranks: int, block: int) -> int:
 
 def _table_of(assignment: Tensor, total: int, ranks: int) -> Tensor:
     if assignment.shape != (total,):
-        raise MtrainError(f"the assignment names {tuple(assignment.shape)} blocks; this layout has {total}, padding included")
+        raise MtrainError(
+            f"the assignment names {tuple(assignment.shape)} blocks; this layout has {total}, padding included"
+        )
     counts = torch.bincount(assignment.clamp(min=0), minlength=ranks)
     if int(assignment.min()) < 0 or counts.numel() != ranks or bool((counts != total // ranks).any()):
         raise MtrainError(

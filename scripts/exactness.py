@@ -1,8 +1,8 @@
 """The exactness matrix as a table: every combination of the axes against the float64 truth.
 
-    python scripts/exactness.py                # the full matrix (3,360 float64 cases, about 5 minutes on one core)
-    python scripts/exactness.py --quick        # every pattern x layout x schedule x topology once
-    python scripts/exactness.py --write        # also writes benchmarks/exactness.md
+python scripts/exactness.py                # the full matrix (3,360 float64 cases, about 5 minutes on one core)
+python scripts/exactness.py --quick        # every pattern x layout x schedule x topology once
+python scripts/exactness.py --write        # also writes benchmarks/exactness.md
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ def main() -> int:
             failures.append(f"{case}: {errors}")
 
     started = time.monotonic()
-    table = worst_by(iter(cases), lambda c: (str(c.dtype).removeprefix("torch."), c.pattern, c.layout, c.schedule), report)
+    table = worst_by(
+        iter(cases), lambda c: (str(c.dtype).removeprefix("torch."), c.pattern, c.layout, c.schedule), report
+    )
     bar.close()
     lines = [
         "| dtype | pattern | layout | schedule | cases | " + " | ".join(f"{name}" for name in NAMES) + " |",
         "|---" * 5 + "|---:" * len(NAMES) + "|",
     ]
     for key, row in table.items():
-        lines.append("| " + " | ".join(key) + f" | {int(row['cases'])} | " + " | ".join(f"{row[n]:.1e}" for n in NAMES) + " |")
+        lines.append(
+            "| " + " | ".join(key) + f" | {int(row['cases'])} | " + " | ".join(f"{row[n]:.1e}" for n in NAMES) + " |"
+        )
     command = "python scripts/exactness.py" + (" --quick" if options.quick else "")
     summary = (
         f"{len(cases)} cases, {len(failures)} beyond tolerance (1e-10 in float64, 1e-5 in float32), "

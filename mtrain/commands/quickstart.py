@@ -19,8 +19,12 @@ MARK = "quickstart.json"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides for every stage, such as seed=1")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="directory of all its runs (default: %(default)s)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe overrides for every stage, such as seed=1"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="directory of all its runs (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,9 +71,16 @@ def _conclude(output: Path, stages: dict[str, list[Stage]], seconds: dict[str, f
     print("\n== measuring the exports: retrieval by length and depth, held-out loss", flush=True)
     results = measure.measure_all(subjects, exam, sparse.recipe)
     bars = report.promises(
-        results, final, [subjects[0].label, subjects[1].label], [subjects[2].label, subjects[3].label], subjects[4].label
+        results,
+        final,
+        [subjects[0].label, subjects[1].label],
+        [subjects[2].label, subjects[3].label],
+        subjects[4].label,
     )
     runs = [report.describe_run(name, parts[-1].output, seconds[name]) for name, parts in stages.items()]
     text = report.write_report(output / "report.md", runs, results, exam, bars, time.monotonic() - started)
-    print(f"\n{text}\n\nreport: {output / 'report.md'}; models: {base.export}, {sparse.export}, {dense.export}", flush=True)
+    print(
+        f"\n{text}\n\nreport: {output / 'report.md'}; models: {base.export}, {sparse.export}, {dense.export}",
+        flush=True,
+    )
     return 0 if all(bar.held for bar in bars) else 1

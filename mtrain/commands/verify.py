@@ -16,7 +16,9 @@ from collections.abc import Iterator
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--full", action="store_true", help="every combination instead of a covering set")
-    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of the inputs (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float64", "float32"), default="float64", help="of the inputs (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,5 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if error > case.tolerance:
             failures += 1
             print(f"FAILED {case}: {error:.1e} > {case.tolerance:.0e}", file=sys.stderr, flush=True)
-    print(f"{count} cases with threads as ranks, {failures} failed; largest error {worst:.1e}; {time.monotonic() - started:.0f} s")
+    print(
+        f"{count} cases with threads as ranks, {failures} failed; largest error {worst:.1e}; {time.monotonic() - started:.0f} s"
+    )
     return 1 if failures else 0

@@ -91,7 +91,9 @@ def measure(subject: Subject, exam: Exam, recipe: Recipe) -> Result:
         prompts = retrieval_prompts(
             tokenizer, length, None, count, exam.seed, pairs=exam.pairs, questions=exam.questions
         )
-        right = torch.stack([_answers(model, tokens, at) for tokens, at in zip(prompts.tokens, prompts.at, strict=True)])
+        right = torch.stack(
+            [_answers(model, tokens, at) for tokens, at in zip(prompts.tokens, prompts.at, strict=True)]
+        )
         right = right == prompts.answers
         result.accuracy[length] = float(right.double().mean())
         if length == final:

@@ -67,7 +67,9 @@ def accuracy_table(results: Mapping[str, Result], lengths: Sequence[int]) -> lis
     return lines
 
 
-def promises(results: Mapping[str, Result], final: int, before: Sequence[str], sparse: Sequence[str], dense: str) -> list[Promise]:
+def promises(
+    results: Mapping[str, Result], final: int, before: Sequence[str], sparse: Sequence[str], dense: str
+) -> list[Promise]:
     """The bars of the main job.
 
     Args:
@@ -84,15 +86,24 @@ def promises(results: Mapping[str, Result], final: int, before: Sequence[str], s
     found = [Promise(f"retrieval at {final} below 50 %: {b}", f"{accuracy(b):.1f} %", accuracy(b) < 50) for b in before]
     for label in sparse:
         gap = accuracy(dense) - accuracy(label)
-        found.append(Promise(f"retrieval at {final} at least 90 %: {label}", f"{accuracy(label):.1f} %", accuracy(label) >= 90))
+        found.append(
+            Promise(f"retrieval at {final} at least 90 %: {label}", f"{accuracy(label):.1f} %", accuracy(label) >= 90)
+        )
         found.append(Promise(f"within 2 points of the dense twin: {label}", f"{gap:+.1f} behind", gap <= 2))
         ratio = results[label].text_loss / results[dense].text_loss - 1
-        found.append(Promise(f"held-out loss within 1 % of the dense twin: {label}", f"{100 * ratio:+.2f} %", ratio <= 0.01))
+        found.append(
+            Promise(f"held-out loss within 1 % of the dense twin: {label}", f"{100 * ratio:+.2f} %", ratio <= 0.01)
+        )
     return found
 
 
 def write_report(
-    path: Path, runs: Sequence[Sequence[str]], results: Mapping[str, Result], exam: Exam, bars: Sequence[Promise], wall: float
+    path: Path,
+    runs: Sequence[Sequence[str]],
+    results: Mapping[str, Result],
+    exam: Exam,
+    bars: Sequence[Promise],
+    wall: float,
 ) -> str:
     """Assemble the report, write it as markdown (and the raw figures as JSON beside it), and return it."""
     answers = next(iter(results.values())).answers
@@ -114,5 +125,7 @@ def write_report(
     text = "\n".join(parts)
     path.write_text(text + "\n")
     raw: dict[str, Any] = {label: vars(result) for label, result in results.items()}
-    path.with_suffix(".json").write_text(json.dumps({"results": raw, "promises": [vars(bar) for bar in bars]}, indent=1))
+    path.with_suffix(".json").write_text(
+        json.dumps({"results": raw, "promises": [vars(bar) for bar in bars]}, indent=1)
+    )
     return text

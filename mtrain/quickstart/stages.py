@@ -79,9 +79,11 @@ def run_stage(stage: Stage) -> float:
     Raises:
         LaunchError: the command failed; its own message stands above.
     """
-    print(f"\n== {stage.title}\n   mtrain {' '.join(stage.arguments[stage.arguments.index('train'):])}", flush=True)
+    print(f"\n== {stage.title}\n   mtrain {' '.join(stage.arguments[stage.arguments.index('train') :])}", flush=True)
     started = time.monotonic()
     status = subprocess.run([sys.executable, *stage.arguments], check=False).returncode
     if status:
-        raise LaunchError(f"the quickstart's stage {stage.title!r} ended with exit status {status}; its own message is above")
+        raise LaunchError(
+            f"the quickstart's stage {stage.title!r} ended with exit status {status}; its own message is above"
+        )
     return time.monotonic() - started

@@ -65,8 +65,8 @@ class Problem:
 
     def to(self, device: torch.device) -> Problem:
         """The same problem on another device."""
-        inputs = (t.to(device) for t in (self.q, self.k, self.v, self.dout, self.doc_start))
-        return Problem(*inputs, self.pattern.to(device), tuple(t.to(device) for t in self.truth))
+        q, k, v, dout, doc_start = (t.to(device) for t in (self.q, self.k, self.v, self.dout, self.doc_start))
+        return Problem(q, k, v, dout, doc_start, self.pattern.to(device), tuple(t.to(device) for t in self.truth))
 
 
 def all_cases(dtype: torch.dtype = torch.float64) -> Iterator[Case]:
@@ -90,7 +90,7 @@ def make_problem(pattern: str, packed: bool, group: int, dtype: torch.dtype) -> 
     doc_start = documents(batch, packed)
     chosen = make_pattern(pattern, q, k, doc_start, generator)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    out, lse = reference_attention(*leaves, chosen.to_dense(doc_start))
+    out, lse = reference_attention(leaves[0], leaves[1], leaves[2], chosen.to_dense(doc_start))
     gradients = torch.autograd.grad(out, leaves, dout)
     return Problem(q, k, v, dout, doc_start, chosen, (out.detach(), lse.detach(), *gradients))
 
@@ -144,7 +144,9 @@ def run_on(ring: Ring, case: Case, problem: Problem, layout: RingLayout) -> list
 
     leaves = [mine(t).to(case.dtype).requires_grad_() for t in (problem.q, problem.k, problem.v)]
     out, lse = ring_attention(
-        *leaves,
+        leaves[0],
+        leaves[1],
+        leaves[2],
         problem.pattern,
         ring=ring,
         layout=layout,
@@ -178,7 +180,9 @@ def check_case(case: Case) -> dict[str, float]:
 
 
 def worst_by(
-    cases: Iterator[Case], key: Callable[[Case], tuple[str, ...]], report: Callable[[Case, dict[str, float]], None] | None = None
+    cases: Iterator[Case],
+    key: Callable[[Case], tuple[str, ...]],
+    report: Callable[[Case, dict[str, float]], None] | None = None,
 ) -> dict[tuple[str, ...], dict[str, float]]:
     """Run cases and keep the worst error of each group; ``report`` is told every single result."""
     table: dict[tuple[str, ...], dict[str, float]] = {}
@@ -201,7 +205,14 @@ def covering_cases(dtype: torch.dtype = torch.float64) -> Iterator[Case]:
     for index, (pattern, layout, schedule, topology) in enumerate(axes):
         packed, group, backend = rotation[index * 5 % len(rotation)]
         yield replace(
-            base, pattern=pattern, layout=layout, schedule=schedule, topology=topology, packed=packed, group=group, backend=backend
+            base,
+            pattern=pattern,
+            layout=layout,
+            schedule=schedule,
+            topology=topology,
+            packed=packed,
+            group=group,
+            backend=backend,
         )
 
 

@@ -21,8 +21,7 @@ def check_launched(cases: Iterable[Case], timeout_s: float = 120.0) -> int:
     """
     rank, size, device = join_processes(timedelta(seconds=timeout_s))
     # The CPU backend is of no use to CUDA tensors; there the machine's own choice is what needs the proof.
-    backend = {"backend": "auto"} if device.type == "cuda" else {}
-    wanted = [replace(case, **backend) for case in cases]
+    wanted = [replace(case, backend="auto") if device.type == "cuda" else case for case in cases]
     started, count, worst, failures = time.monotonic(), 0, 0.0, 0
     shapes = [(1, size)] + ([(size // 2, 2)] if size % 2 == 0 and size > 2 else [])
     for shape in shapes:
@@ -32,13 +31,18 @@ def check_launched(cases: Iterable[Case], timeout_s: float = 120.0) -> int:
             problem = make_problem(case.pattern, case.packed, case.group, case.dtype).to(device)
             layout = make_layout(case.layout, size)
             gathered = [ring.all_gather(part.contiguous()) for part in run_on(ring, case, problem, layout)]
-            error = max(errors_of(case, problem, layout, [list(parts) for parts in zip(*gathered, strict=True)]).values())
+            error = max(
+                errors_of(case, problem, layout, [list(parts) for parts in zip(*gathered, strict=True)]).values()
+            )
             count, worst = count + 1, max(worst, error)
             if error > case.tolerance:
                 failures += 1
                 print(f"FAILED on process {rank} {case}: {error:.1e}", file=sys.stderr, flush=True)
     if rank == 0:
         seconds = time.monotonic() - started
-        print(f"{count} cases on {size} processes, {failures} failed; largest error {worst:.1e}; {seconds:.0f} s", flush=True)
+        print(
+            f"{count} cases on {size} processes, {failures} failed; largest error {worst:.1e}; {seconds:.0f} s",
+            flush=True,
+        )
     leave_processes()
     return 1 if failures else 0

@@ -55,7 +55,9 @@ def _process(rank: int, path: str, topology: RingTopology, cases: list[Case], re
 def test_exact_over_real_processes(outer_inner, tmp_path):
     cases = [
         Case(pattern, layout, schedule, outer_inner, packed=schedule == "ring", group=4, backend="reference")
-        for pattern, layout, schedule in product(("vertical_slash", "random"), ("striped", "zigzag"), ("ring", "gather"))
+        for pattern, layout, schedule in product(
+            ("vertical_slash", "random"), ("striped", "zigzag"), ("ring", "gather")
+        )
     ]
     topology = RingTopology(*outer_inner)
     with mp.Manager() as manager:

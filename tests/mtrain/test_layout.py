@@ -35,7 +35,11 @@ def test_kinds_place_blocks_as_documented():
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
-    [([0] * 8, "each of 2 ranks must own exactly 4"), ([0, 1] * 3, "this layout has 8"), ([0, -1] * 4, "must own exactly")],
+    [
+        ([0] * 8, "each of 2 ranks must own exactly 4"),
+        ([0, 1] * 3, "this layout has 8"),
+        ([0, -1] * 4, "must own exactly"),
+    ],
 )
 def test_bad_assignments_are_refused(assignment, message):
     with pytest.raises(MtrainError, match=message):
