@@ -1,0 +1,241 @@
+"""Worker and step imbalance of the layouts, counted from patterns: synthetic ones, and a trained model's through --patterns.
+
+    python scripts/bench_balance.py [--write] [--patterns FILE ...]
+
+Work is counted in computed tile area (mtrain.balance.work), summed over layers, so nothing is timed but the solver. Each case is a
+sequence of steps whose patterns drift and whose documents change; the balancer has seen all steps but the last, knows the documents of
+the last (the data path does), and is judged on the last. "same step" is the same solver on the cost of the last step itself.
+
+--patterns takes the steps of one run, oldest first; with a single file the step is also the history. A .safetensors file holds
+columns_<layer> and diagonals_<layer> (int32 [B, H, n], see SparsePattern), optionally doc_start (int64 [B, S]), and the metadata
+seq_len and block; a .pt file holds a dictionary with the same keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtrain.balance import Balancer, Forecast, imbalance, measure, solve, tile_density, work
+from mtrain.layout import RingLayout
+from mtrain.topology import RingTopology
+from sparse_kernels import SparsePattern
+
+TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "balance.md"
+RANKS = (8, 16, 32)
+BAR = 1.02
+
+
+@dataclass(frozen=True)
+class Step:
+    """The patterns of all layers in one training step, and its documents."""
+
+    layers: list[SparsePattern]
+    doc_start: Tensor | None
+
+    def measured(self) -> Tensor:
+        """float64 [3, NB], summed over layers."""
+        return torch.stack([measure(pattern, self.doc_start).cpu() for pattern in self.layers]).sum(0)
+
+    def work(self, layout: RingLayout, topology: RingTopology) -> Tensor:
+        """float64 [layers, W, steps + 1]."""
+        return torch.stack([work(pattern, layout, topology, self.doc_start) for pattern in self.layers])
+
+
+def synthetic_steps(blocks: int, block: int, packed: float, heads: int = 16, layers: int = 4, steps: int = 6) -> list[Step]:
+    """Sinks, locals, slashes with log-uniform distances, columns that crowd towards the start; budgets heavy-tailed over heads.
+
+    From step to step a third of the slashes and columns of every head is drawn anew, and so are all documents, whose lengths are
+    log-normal with a mean of ``packed`` sequences (0: one document).
+    """
+    draw = torch.Generator().manual_seed(blocks)
+    seq_len = blocks * block
+    tables = [[_head(seq_len, draw) for _ in range(heads)] for _ in range(layers)]
+    result = []
+    for _ in range(steps):
+        for table in tables:
+            for slashes, columns in table:
+                fresh = torch.rand(slashes.numel(), generator=draw) < 1 / 3
+                slashes[fresh] = _slashes(seq_len, int(fresh.sum()), draw)
+                fresh = torch.rand(columns.numel(), generator=draw) < 1 / 3
+                columns[fresh] = _columns(seq_len, int(fresh.sum()), draw)
+        doc_start = _documents(seq_len, packed * seq_len, draw) if packed else None
+        result.append(Step([_pattern(seq_len, block, table) for table in tables], doc_start))
+    return result
+
+
+def _head(seq_len: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    slashes, columns = torch.empty(2).log_normal_(0.0, 0.7, generator=draw).tolist()
+    return _slashes(seq_len, 1 + int(60 * slashes), draw), _columns(seq_len, 1 + int(0.01 * seq_len * columns), draw)
+
+
+def _slashes(seq_len: int, count: int, draw: torch.Generator) -> Tensor:
+    return (float(seq_len) ** torch.rand(count, generator=draw)).long().clamp(max=seq_len - 1)
+
+
+def _columns(seq_len: int, count: int, draw: torch.Generator) -> Tensor:
+    return (seq_len * torch.rand(count, generator=draw) ** 1.5).long().clamp(max=seq_len - 1)
+
+
+def _documents(seq_len: int, mean: float, draw: torch.Generator) -> Tensor:
+    doc_start, begin = torch.zeros(1, seq_len, dtype=torch.int64), 0
+    while begin < seq_len:
+        length = 1 + int(mean * torch.empty(1).log_normal_(-0.5, 1.0, generator=draw))
+        doc_start[0, begin : begin + length] = begin
+        begin += length
+    return doc_start
+
+
+def _pattern(seq_len: int, block: int, heads: list[tuple[Tensor, Tensor]], sink: int = 16, local: int = 128) -> SparsePattern:
+    last = -(-seq_len // block) - 1
+    diagonals, columns = [], []
+    for slashes, keys in heads:
+        near = torch.arange(-(-local // block) + 1)
+        offsets = torch.cat([near, slashes // block, -(-slashes // block)]).clamp(max=last).unique()
+        diagonals.append(offsets.int())
+        columns.append(torch.cat([torch.arange(sink), keys]).unique().int())
+    return SparsePattern(seq_len, block, _pad(columns, seq_len), _pad(diagonals, -1))
+
+
+def _pad(lists: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=value)[None]
+
+
+def load_step(path: Path) -> Step:
+    """Read one step's patterns; the format is at the top of this file."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors |= {key: int(value) for key, value in (file.metadata() or {}).items() if key in ("seq_len", "block")}
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    missing = [key for key in ("seq_len", "block", "diagonals_0") if key not in tensors]
+    if missing:
+        raise SystemExit(f"{path}: no {', '.join(missing)}; expected columns_<layer>, diagonals_<layer>, seq_len and block")
+    layers = []
+    while f"diagonals_{len(layers)}" in tensors:
+        i = len(layers)
+        layers.append(SparsePattern(tensors["seq_len"], tensors["block"], tensors.get(f"columns_{i}"), tensors[f"diagonals_{i}"]))
+    return Step(layers, tensors.get("doc_start"))
+
+
+def rows_of(name: str, steps: list[Step], ranks: tuple[int, ...] = RANKS) -> Iterator[dict[str, object]]:
+    """One row per number of ranks."""
+    last, history = steps[-1], steps[:-1] or steps
+    seq_len, block = last.layers[0].seq_len, last.layers[0].block
+    balancer = Balancer(seq_len, block)
+    for step in history:
+        balancer.update(step.measured())
+    density = sum(tile_density(pattern, last.doc_start) for pattern in last.layers) / len(last.layers)
+    for count in ranks:
+        ring = RingTopology(1, count)
+        begin = time.perf_counter()
+        plan = balancer.plan(ring, last.doc_start)
+        spent = time.perf_counter() - begin
+        assert plan is not None
+        same = solve(Forecast.of(last.measured(), seq_len, block, last.doc_start), ring)
+        tables = {kind: last.work(RingLayout.build(kind, seq_len, count, block), ring) for kind in ("zigzag", "striped")}
+        tables["next"] = last.work(RingLayout.build("balanced", seq_len, count, block, assignment=plan.owner), ring)
+        tables["same"] = last.work(RingLayout.build("balanced", seq_len, count, block, assignment=same.owner), ring)
+        yield {
+            "case": name,
+            "NB": -(-seq_len // block),
+            "tile density": f"{density:.3f}",
+            "W": count,
+            "blocks per rank": -(-(-(-seq_len // block)) // count),
+            **{key: imbalance(table.sum(0)) for key, table in tables.items()},
+            "layers": (_by_layer(tables["striped"]), _by_layer(tables["next"])),
+            "bound": same.bound,
+            "ms": spent * 1e3,
+        }
+
+
+def _by_layer(table: Tensor) -> float:
+    """Step imbalance when every layer waits for its own slowest rank: sum over layers and steps of max_r, over the mean."""
+    return float(table.max(1).values.sum() / (table.sum() / table.shape[1]))
+
+
+def render(rows: list[dict[str, object]]) -> str:
+    """The table in Markdown, worker / step imbalance in each cell."""
+    head = (
+        "| case | NB | tile density | W | blocks per rank | zigzag | striped | **balanced, next step** | balanced, same step "
+        "| worker bound | step by layer: striped, balanced | solver ms | bar |"
+    )
+    lines = [head, "|" + "---|" * 13]
+    for row in rows:
+        pair = {key: "{:.3f} / {:.3f}".format(*row[key]) for key in ("zigzag", "striped", "next", "same")}  # type: ignore[misc]
+        lines.append(
+            f"| {row['case']} | {row['NB']} | {row['tile density']} | {row['W']} | {row['blocks per rank']} | {pair['zigzag']} "
+            f"| {pair['striped']} | **{pair['next']}** | {pair['same']} | {row['bound']:.3f} "
+            f"| {row['layers'][0]:.3f}, {row['layers'][1]:.3f} | {row['ms']:.0f} | {verdict(row)} |"  # type: ignore[index]
+        )
+    return "\n".join(lines)
+
+
+def verdict(row: dict[str, object]) -> str:
+    """Does the next step keep worker <= BAR and step <= striped's?"""
+    (worker, step), (_, striped) = row["next"], row["striped"]  # type: ignore[misc]
+    missed = [name for name, ok in (("worker", worker <= BAR), ("step", step <= striped + 1e-9)) if not ok]
+    impossible = " (below the bound)" if row["bound"] > BAR and "worker" in missed else ""  # type: ignore[operator]
+    return "met" if not missed else f"missed: {', '.join(missed)}{impossible}"
+
+
+def time_solver(blocks: int = 8192, ranks: int = 64, repeats: int = 7) -> str:
+    """The largest case that has to fit between two steps."""
+    step = synthetic_steps(blocks, 64, 1 / 32, heads=4, layers=1, steps=1)[0]
+    forecast = Forecast.of(step.measured(), blocks * 64, 64, step.doc_start)
+    wall, cpu = [], []
+    for _ in range(repeats):
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        plan = solve(forecast, RingTopology(1, ranks))
+        wall.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - begin_cpu)
+    return (
+        f"Solver, {blocks} blocks x {ranks} ranks, packed, one thread: {min(wall) * 1e3:.0f} ms (processor time {min(cpu) * 1e3:.0f} ms; "
+        f"best of {repeats}); striped {plan.striped_worker:.3f} / {plan.striped_step:.3f} -> {plan.worker:.3f} / {plan.step:.3f}."
+    )
+
+
+def main() -> None:
+    """Print the table; --write also stores it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"store the table in {TABLE.parent.name}/{TABLE.name}")
+    parser.add_argument("--patterns", nargs="+", type=Path, default=[], help="steps of one run, oldest first")
+    parser.add_argument("--blocks", nargs="+", type=int, default=[256, 512, 1024, 8192], help="synthetic sequence lengths, in blocks of 64")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
+    for blocks in options.blocks:
+        for name, packed in (("synthetic", 0.0), ("packed, ~4 documents", 1 / 4), ("packed, ~32 documents", 1 / 32)):
+            rows += rows_of(name, synthetic_steps(blocks, 64, packed))
+            print(render(rows[-len(RANKS) :]), flush=True)
+    if options.patterns:
+        rows += rows_of("trained model", [load_step(path) for path in options.patterns])
+        print(render(rows[-len(RANKS) :]), flush=True)
+    missed = [row for row in rows if verdict(row) != "met"]
+    text = f"{render(rows)}\n\nBar (worker <= {BAR}, step <= striped's) met in {len(rows) - len(missed)} of {len(rows)} rows.\n\n{time_solver()}\n"
+    print(text.split("\n\n", 1)[1])
+    if options.write:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(f"{INTRODUCTION}\n\n{text}")
+
+
+INTRODUCTION = """# Balance of the ring, by layout
+
+`python scripts/bench_balance.py --write` (add `--patterns FILE ...` for the patterns of a trained model). Every cell is worker / step
+imbalance: max_r sum_t / mean and (sum_t max_r) / mean of the computed tile area of rank r in step t, exactly counted, columns as one
+more local step. Flat ring; 4 layers of 16 heads, blocks of 64 tokens. "Next step" is what training gets: the balancer has seen five
+earlier steps whose patterns share two thirds of their slashes and columns from one to the next, and knows only the documents of the
+step it is judged on. "Same step" has seen the step itself. The bound is a worker imbalance that no assignment with equal block counts
+can beat (steps ignored). "By layer" adds up the steps of each layer on its own, since layers do not wait for each other's average."""
+
+if __name__ == "__main__":
+    main()
