@@ -358,7 +358,7 @@ def test_run_file_forgets_an_abandoned_future_and_half_a_line(tmp_path):
     keep_lines_until(path, 3)
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="run.jsonl:2: not JSON"):
+    with pytest.raises(MtrainError, match="run.jsonl:2: not JSON"):
         read_lines(path)
 
 
