@@ -57,12 +57,13 @@ class Ledger:
         reach = np.zeros((size, ranks))  # reach[x, t]: work of the offsets up to x that are t modulo ranks
         reach[ids, ids % ranks] = forecast.tiles
         np.cumsum(reach, axis=0, out=reach)
-        away = (ids[:, None] - np.arange(ranks)) % ranks
-        back = (np.arange(ranks) - ids[:, None]) % ranks
+        lane = np.arange(ranks)
+        away = ((lane[:, None] - lane) % ranks)[ids % ranks]  # from each query's rank to each shard
+        back = ((lane - lane[:, None]) % ranks)[ids % ranks]
         by_shard, by_reader = np.zeros((size, ranks)), np.zeros((size, ranks))
         for first, last in zip(self.first, self.last, strict=True):
-            by_shard[: ids.size] += np.take(reach, ((ids - first) * ranks)[:, None] + away)
-            by_reader[: ids.size] += np.take(reach, ((last - ids) * ranks)[:, None] + back)
+            by_shard[: ids.size] += np.take(reach, away + ((ids - first) * ranks)[:, None])
+            by_reader[: ids.size] += np.take(reach, back + ((last - ids) * ranks)[:, None])
         return by_shard, by_reader
 
     def dense_tiles(self) -> Floats:

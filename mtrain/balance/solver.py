@@ -121,6 +121,8 @@ def _descend(
     for start, power, weight in _ATTEMPTS:
         if start == "rotated" and rotated is None:
             continue
+        if left <= (0.0 if done() else -extra):
+            return
         if turn or start == "rotated":
             ledger = Ledger(forecast, topology, rotated if start == "rotated" else None)
             left -= setup
