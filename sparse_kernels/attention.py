@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparse_kernels.backends import Backend, resolve_backend
 from sparse_kernels.pattern import SparsePattern, pad_doc_start
@@ -30,17 +31,21 @@ def sparse_attention(
         k, v: [B, S, K, D], H a multiple of K.
         pattern: which keys each query may see; its batch, heads and seq_len must be those of q.
         doc_start: int64 [B, S], first position of each query's document; None: one document.
-        scale: default D^-0.5.
+        scale: of the scores, above 0; default D^-0.5.
         backend: "auto", or a name of `backends()`.
         return_lse: also return lse [B, H, S], natural log, float32 (no gradient flows through it).
 
     Returns:
         out [B, S, H, D] in the dtype of q, or (out, lse).
 
+    Autocast has no say here: the inputs keep their dtype and the scores are accumulated in float32. Gradients of gradients are
+    refused.
+
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
     check_shapes(q, k, v, pattern)
+    check_scale(scale)
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
     blocks = torch.arange(pattern.num_blocks)
     view = ShardView(pattern, blocks, k_blocks=blocks, inline_columns=True, doc_start=pad_doc_start(doc_start, pattern))
@@ -54,6 +59,10 @@ def sparse_attention(
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern) -> None:
     """ValueError unless q, k, v are the whole sequence of the pattern."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(
+            f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; each must be [B, S, heads, D] (a batch of one is q[None])"
+        )
     batch, length, heads, head_dim = q.shape
     if (batch, length, heads) != (pattern.batch, pattern.seq_len, pattern.heads):
         raise ValueError(
@@ -67,6 +76,14 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern) -> Non
         )
 
 
+def check_scale(scale: float | None) -> None:
+    """ValueError unless the scale is None or above 0: at 0 and below, dense kernels turn a causal mask of -inf into NaN."""
+    if scale is not None and not scale > 0:
+        raise ValueError(
+            f"scale multiplies the attention scores and must be above 0, got {scale}; leave it out for D^-0.5"
+        )
+
+
 class _SparseAttention(torch.autograd.Function):
     """Forward and backward of one view that holds all keys of its queries."""
 
@@ -74,7 +91,9 @@ class _SparseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        out, lse = backend.forward(q, k, v, view, scale)
+        # The reference backend multiplies matrices, which autocast would do in bfloat16.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = backend.forward(q, k, v, view, scale)
         # Backward gets the float32 out: rowsum(dout * out) must fit the probabilities that lse describes.
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.view, ctx.scale, ctx.backend = view, scale, backend
@@ -82,7 +101,9 @@ class _SparseAttention(torch.autograd.Function):
         return out.to(q.dtype), lse
 
     @staticmethod
+    @once_differentiable  # out and lse are constants here, so a second derivative would be wrong without a word
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.backend.backward(dout.contiguous(), q, k, v, out, lse, ctx.view, ctx.scale)
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = ctx.backend.backward(dout.contiguous(), q, k, v, out, lse, ctx.view, ctx.scale)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
