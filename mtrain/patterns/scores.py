@@ -125,7 +125,8 @@ class _Pass:
     def partial_scores(self, sums: Tensor, share: bool) -> Tensor:
         """int64 [B, heads, n / b, b + sum of (b + m - 1)]: per key block the column scores, then each window's scores
         by b + m - 1 distances (see `_distances`)."""
-        one = MANTISSA - self.rows.bit_length()
+        summed = self.rows * (self.group if share else 1)  # rows whose scores end in one sum, each of mass 1
+        one = MANTISSA - summed.bit_length()
         unit = 2.0 ** (MANTISSA - self.placement.seq_len.bit_length() + one)
         factor = torch.where(sums > 0, unit / sums.double(), 0.0).to(self.dtype)
         batch, b_len = self.q.shape[0], self.block
