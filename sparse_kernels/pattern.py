@@ -146,7 +146,7 @@ class SparsePattern:
 
         Ids at or beyond NB (padding of a layout) are never selected.
         """
-        q_ids, k_ids = q_blocks.to(self.device)[:, None], k_blocks.to(self.device)[None, :]
+        q_ids, k_ids = upload(q_blocks, self.device)[:, None], upload(k_blocks, self.device)[None, :]
         inside = (k_ids <= q_ids) & (q_ids < self.num_blocks)
         offset = torch.where(inside, q_ids - k_ids, 0)
         mask = self.offset_table()[:, :, offset]
@@ -187,9 +187,16 @@ class SparsePattern:
             allowed += (tiles * area[:, None]).sum(2)
             column = self.columns.long()
             free = (column < q_block * b) & ~tiles.gather(2, (column // b).clamp(max=size - 1))
-            rows_open = (start[:, None, rows, None] <= column[:, :, None]).sum(2)  # rows of the block that see the column
-            allowed += (free * rows_open).sum(2)
+            if doc_start is None:
+                allowed += free.sum(2) * (rows.stop - rows.start)
+            else:
+                allowed += (free * (start[:, None, rows, None] <= column[:, :, None]).sum(2)).sum(2)
         return (allowed / causal).float()
+
+
+def upload(index: Tensor, device: torch.device) -> Tensor:
+    """A CPU index on ``device``. An ordinary copy would make the host wait until the device has done all its earlier work."""
+    return index.to(device, non_blocking=True)
 
 
 def _ascending(columns: Tensor, seq_len: int) -> bool:
