@@ -203,8 +203,10 @@ def test_counts_may_differ_by_head() -> None:
     q, k = make(64, 3, 3)
     pattern = estimate_vertical_slash(q, k, budget=TopK([0, 5, 64], [1, 2, 3]), block=4)
     assert [len(head) for head in as_lists(pattern)[0][0]] == [0, 5, 64]
-    with pytest.raises(MtrainError, match="names 2 heads"):
+    with pytest.raises(MtrainError, match="columns names 2 heads, but 3 are scored"):
         estimate_vertical_slash(q, k, budget=TopK([1, 2], 1), block=4)
+    with pytest.raises(MtrainError, match="slashes names 4 heads, but 2 are scored"):
+        estimate_vertical_slash(*make(64, 4, 2), budget=TopK(1, [1] * 4), block=4, share="kv_head")
 
 
 def test_large_logits_and_half_precision_stay_finite() -> None:
