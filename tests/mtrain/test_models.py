@@ -25,6 +25,7 @@ from mtrain.patterns import PatternPlan
 from mtrain.patterns.index import index_lists
 from mtrain.recipe.schema import AttentionRecipe, RefreshEvery
 from mtrain.topology import RingTopology
+from mtrain.trainer import enable_activation_checkpointing
 from sparse_kernels import SparsePattern
 from tests.mtrain.small_models import (
     BLOCK,
@@ -51,7 +52,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def checkpointed(model: Any) -> Any:
-    model.activation_checkpointing_enable()
+    enable_activation_checkpointing(model)
     return model
 
 
