@@ -11,7 +11,7 @@ context parallelism of Llama 3 (arXiv 2407.21783).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -138,22 +138,27 @@ class _Call:
     scale: float
     backend: Backend
     gather: bool
+    # The backward gets the views of the forward, with whatever index a backend has prepared on them.
+    views: dict[object, ShardView] = field(default_factory=dict)
 
     def view_of(self, source: int) -> ShardView:
         """This rank's queries against the shard of rank ``source``."""
-        queries = self.layout.blocks(self.ring.rank)
-        return ShardView(self.pattern, queries, k_blocks=self.layout.blocks(source), doc_start=self.doc_start)
+        return self._view(source, self.pattern, k_blocks=self.layout.blocks(source))
 
     def view_of_columns(self, store: ColumnStore) -> ShardView:
         """This rank's queries against the gathered columns."""
-        queries = self.layout.blocks(self.ring.rank)
-        return ShardView(self.pattern, queries, column_positions=store.positions, doc_start=self.doc_start)
+        return self._view("columns", self.pattern, column_positions=store.positions)
 
     def view_of_all(self, heads: slice) -> ShardView:
         """This rank's queries against every shard, in rank order, for some query heads."""
-        queries, keys = self.layout.blocks(self.ring.rank), self.layout.table.flatten()
-        pattern = self.pattern.select(heads)
-        return ShardView(pattern, queries, k_blocks=keys, inline_columns=True, doc_start=self.doc_start)
+        pattern, keys = self.pattern.select(heads), self.layout.table.flatten()
+        return self._view(heads.start, pattern, k_blocks=keys, inline_columns=True)
+
+    def _view(self, name: object, pattern: SparsePattern, **keys: Any) -> ShardView:
+        if name not in self.views:
+            queries = self.layout.blocks(self.ring.rank)
+            self.views[name] = ShardView(pattern, queries, doc_start=self.doc_start, **keys)
+        return self.views[name]
 
     def reachable(self, source: int) -> bool:
         """Could any query of this rank see any key of that shard? Known from the layout alone, without asking the device."""
