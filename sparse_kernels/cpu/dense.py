@@ -56,9 +56,11 @@ def _calls(view: ShardView) -> Iterator[tuple[slice, slice, bool]]:
     assert view.k_blocks is not None
     block = view.pattern.block
     visible, real = _visible(view)
+    if not real:
+        return  # nothing but padding: torch's operator divides by the number of rows
     if torch.equal(view.q_blocks, view.k_blocks):
         yield slice(0, real * block), slice(0, real * block), True
-    elif real:
+    else:
         for low, high, first, last in rectangles(visible, 0, real, 0):
             yield slice(low * block, high * block), slice(first * block, last * block), False
 
