@@ -350,7 +350,7 @@ class ProcessRing(Ring):
             return call()
         except RuntimeError as error:
             peer = f"process {source}" if source is not None else f"processes {self._ranks}"
-            first_line = str(error).strip().splitlines()[0]
+            first_line = str(error).strip().splitlines()[0].split(". This is typically")[0]
             raise LaunchError(
                 f"process {self._ranks[self.rank]} lost its peer while waiting for {peer} in {what} ({first_line}); "
                 "a process has died or hangs: look at its log, then start again from the last checkpoint"

@@ -30,6 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run all stages from the start, measure, report; exit status 1 when a promise did not hold."""
     started = time.monotonic()
+    for override in args.overrides:
+        if override.startswith(("output=", "model.path=")) or "=" not in override:
+            raise MtrainError(
+                f"{override!r} cannot be given to every stage: overrides are key=value, each stage writes under --output DIR and "
+                "starts from the one before it"
+            )
     _fresh(args.output)
     stages = plan(args.output, args.overrides)
     seconds = {name: sum(run_stage(stage) for stage in parts) for name, parts in stages.items()}

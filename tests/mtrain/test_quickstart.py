@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mtrain.cli import main
 from mtrain.data.retrieval import retrieval_prompts
 from mtrain.data.tokenizer import load_tokenizer
 from mtrain.export import export_model
@@ -98,6 +99,12 @@ def test_sparkline_follows_the_curve():
     assert sparkline([]) == "" and sparkline([1.0]) == "▁"
     assert sparkline([3.0, 2.0, 1.0, 0.0, 3.0]) == "█▆▃▁█"
     assert len(sparkline(list(range(1000)))) == 60
+
+
+@pytest.mark.parametrize("word", ["output=here", "model.path=there", "seed"])
+def test_overrides_that_cannot_serve_every_stage(word, tmp_path, capsys):
+    assert main(["quickstart", "--output", str(tmp_path / "new"), word]) == 2
+    assert "cannot be given to every stage" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
