@@ -6,6 +6,7 @@ process group per ring direction and channel, so that transfers of different rin
 
 from __future__ import annotations
 
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -27,6 +28,10 @@ _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "max": torch.maximum,
     "min": torch.minimum,
 }
+# What gloo, NCCL and torch's store say when a peer is gone or late. Gloo raises a bare RuntimeError, so words must do.
+_LOST_PEER = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|transport/tcp|process group", re.IGNORECASE
+)
 T = TypeVar("T")
 
 
@@ -349,12 +354,19 @@ class ProcessRing(Ring):
         try:
             return call()
         except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
             peer = f"process {source}" if source is not None else f"processes {self._ranks}"
             first_line = str(error).strip().splitlines()[0].split(". This is typically")[0]
             raise LaunchError(
                 f"process {self._ranks[self.rank]} lost its peer while waiting for {peer} in {what} ({first_line}); "
                 "a process has died or hangs: look at its log, then start again from the last checkpoint"
             ) from error
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Is this what the transport says when a peer is gone or late, rather than a mistake (or lack of memory) of our own?"""
+    return isinstance(error, dist.DistError) or _LOST_PEER.search(str(error)) is not None
 
 
 def _group_members(topology: RingTopology, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,15 +28,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mtrain.comm import ProcessRing, Ring, SingleRing
+from mtrain.comm import ProcessRing, Ring, SingleRing, is_lost_peer
 from mtrain.errors import LaunchError, MtrainError
 from mtrain.recipe import ParallelRecipe, Recipe
 from mtrain.topology import RingTopology
 
-# What gloo, NCCL and torch's store say when a peer is gone or late. Gloo raises a bare RuntimeError, so words must do.
-_LOST_PEER = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|transport/tcp|process group", re.IGNORECASE
-)
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -306,7 +301,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or _LOST_PEER.search(str(error))):
+            if not is_lost_peer(error):
                 raise
             raise LaunchError(
                 f"rank {self.rank} lost a peer while waiting for {what}: {_first_line(error)}; look for the first error among "
