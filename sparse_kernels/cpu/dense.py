@@ -12,14 +12,20 @@ from sparse_kernels.view import ShardView
 
 State = tuple[Tensor, Tensor]
 Rectangle = tuple[int, int, int, int]
+Call = tuple[slice, slice, slice, bool]  # batch rows, query rows, key rows, causal
 
 
 def applies(view: ShardView) -> bool:
-    """Is this view a full causal mask between ascending blocks that are the same or all different?"""
-    if not view.pattern.full or view.doc_start is not None or view.k_blocks is None:
+    """Is this view a full causal mask between ascending blocks that are the same or all different?
+
+    With documents only a run of blocks against itself is: every document is then a triangle of its own.
+    """
+    if not view.pattern.full or view.k_blocks is None:
         return False
     if not (_ascending(view.q_blocks) and _ascending(view.k_blocks)):
         return False
+    if view.doc_start is not None:
+        return torch.equal(view.q_blocks, view.k_blocks) and bool((view.q_blocks.diff() == 1).all())
     return torch.equal(view.q_blocks, view.k_blocks) or not bool(torch.isin(view.q_blocks, view.k_blocks).any())
 
 
@@ -51,23 +57,36 @@ def _visible(view: ShardView) -> tuple[list[int], int]:
     return torch.searchsorted(view.k_blocks.contiguous(), view.q_blocks[:real].contiguous()).tolist(), real
 
 
-def _calls(view: ShardView) -> Iterator[tuple[slice, slice, bool]]:
-    """(query rows, key rows, causal) of every flash call of the view."""
+def _calls(view: ShardView) -> Iterator[Call]:
+    """Every flash call of the view."""
     assert view.k_blocks is not None
     block = view.pattern.block
     visible, real = _visible(view)
     if not real:
         return  # nothing but padding: torch's operator divides by the number of rows
-    if torch.equal(view.q_blocks, view.k_blocks):
-        yield slice(0, real * block), slice(0, real * block), True
+    every = slice(0, view.pattern.batch)
+    if view.doc_start is not None:
+        yield from _documents(view)
+    elif torch.equal(view.q_blocks, view.k_blocks):
+        yield every, slice(0, real * block), slice(0, real * block), True
     else:
         for low, high, first, last in rectangles(visible, 0, real, 0):
-            yield slice(low * block, high * block), slice(first * block, last * block), False
+            yield every, slice(low * block, high * block), slice(first * block, last * block), False
 
 
-def _heads(x: Tensor, rows: slice, group: int) -> Tensor:
-    """[B, heads * group, rows, D], key-value heads repeated for their query heads."""
-    x = x[:, rows]
+def _documents(view: ShardView) -> Iterator[Call]:
+    """One causal call per document and batch row; a document that began before this run of blocks is cut at its edge."""
+    assert view.doc_start is not None
+    real = min(view.doc_start.shape[1], view.pattern.seq_len - int(view.q_blocks[0]) * view.pattern.block)
+    for item, starts in enumerate(view.doc_start[:, :real]):
+        edges = [0, *(torch.nonzero(starts.diff()).flatten() + 1).tolist(), real]
+        for low, high in zip(edges, edges[1:], strict=False):
+            yield slice(item, item + 1), slice(low, high), slice(low, high), True
+
+
+def _heads(x: Tensor, items: slice, rows: slice, group: int) -> Tensor:
+    """[items, heads * group, rows, D], key-value heads repeated for their query heads."""
+    x = x[items, rows]
     return (x if group == 1 else x.repeat_interleave(group, 2)).transpose(1, 2)
 
 
@@ -80,13 +99,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
     else:
         out, lse = carry[0].clone(), carry[1].clone()
     heads_out = out.transpose(1, 2)
-    for rows, keys, causal in _calls(view):
+    for items, rows, keys, causal in _calls(view):
         part, part_lse = flash_forward(
-            _heads(q, rows, 1), _heads(k, keys, group), _heads(v, keys, group), None, causal, scale
+            _heads(q, items, rows, 1), _heads(k, items, keys, group), _heads(v, items, keys, group), None, causal, scale
         )
         if carry is not None or not causal:  # else these rows have seen nothing yet
-            part, part_lse = fold(heads_out[:, :, rows], lse[:, :, rows], part, part_lse)
-        heads_out[:, :, rows], lse[:, :, rows] = part, part_lse
+            part, part_lse = fold(heads_out[items, :, rows], lse[items, :, rows], part, part_lse)
+        heads_out[items, :, rows], lse[items, :, rows] = part, part_lse
     out[:, dead], lse[:, :, dead] = 0.0, -torch.inf
     return out, lse
 
@@ -99,13 +118,13 @@ def backward(
     dead = view.q_positions >= view.pattern.seq_len
     lse = lse.masked_fill((lse == -torch.inf) | dead, torch.inf)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys, causal in _calls(view):
+    for items, rows, keys, causal in _calls(view):
         parts = flash_backward(
-            _heads(dout, rows, 1), _heads(q, rows, 1), _heads(k, keys, group), _heads(v, keys, group),
-            _heads(out, rows, 1), lse[:, :, rows], None, causal, scale,
+            _heads(dout, items, rows, 1), _heads(q, items, rows, 1), _heads(k, items, keys, group),
+            _heads(v, items, keys, group), _heads(out, items, rows, 1), lse[items, :, rows], None, causal, scale,
         )  # fmt: skip
         for total, part, index in zip((dq, dk, dv), parts, (rows, keys, keys), strict=True):
             piece = part.transpose(1, 2)
             heads = total.shape[2]
-            total[:, index] += piece if piece.shape[2] == heads else piece.unflatten(2, (heads, group)).sum(3)
+            total[items, index] += piece if piece.shape[2] == heads else piece.unflatten(2, (heads, group)).sum(3)
     return dq, dk, dv

@@ -449,6 +449,11 @@ def test_full_pattern_is_one_causal_call(monkeypatch: pytest.MonkeyPatch) -> Non
     view = ShardView(case.pattern, torch.tensor([4, 5]), k_blocks=torch.tensor([0, 1, 3]))
     CPU.forward(rows, case.k[:, :48], case.v[:, :48], view, case.scale)
     assert calls == [False]
+    calls.clear()
+    case = make_case(21, 203, 16, full=True, documents=0.02)
+    assert case.doc_start is not None
+    CPU.forward(case.q, case.k, case.v, case.whole(), case.scale)
+    assert calls == [True] * int(case.doc_start[0, :203].unique().numel()), "a triangle per document, nothing gathered"
 
 
 def test_flash_paths_agree_on_final_statistics(flash_path: str) -> None:
