@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.cpu.flash import EMPTY_LSE, flash_backward, flash_forward, fold
-from sparse_kernels.cpu.lists import Chunk, Geometry, ListPlan
+from sparse_kernels.cpu.lists import Chunk, ListPlan
+from sparse_kernels.cpu.selection import Geometry
 from sparse_kernels.reference import merge_states
 from sparse_kernels.view import ShardView
 
@@ -27,7 +28,7 @@ def geometry_of(q: Tensor, k: Tensor, view: ShardView) -> Geometry:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carry: State | None) -> State:
     """`Backend.forward` for contiguous q, k, v of one accumulation dtype."""
-    plan = ListPlan.of(view, geometry_of(q, k, view))
+    plan = ListPlan(view, geometry_of(q, k, view))
     state = carry
     if plan.causal_diagonal:
         near = _diagonal_forward(q, k, v, plan, scale)
@@ -112,7 +113,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, view: ShardView, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.backward` for contiguous inputs of one accumulation dtype."""
-    plan = ListPlan.of(view, geometry_of(q, k, view))
+    plan = ListPlan(view, geometry_of(q, k, view))
     dead = view.q_positions >= view.pattern.seq_len
     lse = lse.masked_fill((lse == -torch.inf) | dead, torch.inf)  # exp(score - inf) = 0: such rows take no part
     if plan.causal_diagonal:

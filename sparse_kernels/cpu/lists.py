@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.cpu.flash import MASKED
+from sparse_kernels.cpu.selection import Geometry, Selection, document_bounds, select
 from sparse_kernels.view import ShardView, block_positions
 
 # Bytes of gathered keys and values per call: enough to amortise the call, small enough to stay in the cache.
@@ -22,38 +23,6 @@ CHUNK_BYTES = 2 << 20
 CALL_MACS = 2 << 20
 # Entries of the boolean selection (query blocks x key blocks and columns) looked at in one go.
 SELECTION_ENTRIES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one call: B, H, K, D, key rows R, local query blocks nq, tokens per block b, bytes per number."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    key_rows: int
-    num_q_blocks: int
-    block: int
-    itemsize: int
-
-    @property
-    def row_dtype(self) -> torch.dtype:
-        """Of key rows: int32 halves the index, unless B * R * K does not fit."""
-        return torch.int32 if self.batch * self.key_rows * self.kv_heads < 2**31 else torch.int64
-
-    @property
-    def token_budget(self) -> int:
-        """Most list entries held at once: as many bytes as q has, so that the index stays O(S)."""
-        return max(
-            1 << 20, self.batch * self.heads * self.num_q_blocks * self.block * self.head_dim * self.itemsize // 4
-        )
-
-    def query_rows(self, items: Tensor) -> Tensor:
-        """int64 [N * b]: rows of these items in q seen as [B * nq * b * H, D]."""
-        block, pair = items % self.num_q_blocks, items // self.num_q_blocks
-        first = (pair // self.heads * self.num_q_blocks + block) * (self.block * self.heads) + pair % self.heads
-        return (first[:, None] + torch.arange(self.block) * self.heads).flatten()
 
 
 @dataclass(frozen=True)
@@ -74,42 +43,20 @@ class Chunk:
     bounded: bool
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """What a range of query blocks reads. tiles [B, H, n, nk], columns [B, H, n, C] bool; column_rows [B, H, C] local key rows."""
-
-    tiles: Tensor
-    columns: Tensor
-    column_rows: Tensor
-    bounded: Tensor  # bool [B, H, n]
-
-    def lengths(self, block: int) -> Tensor:
-        """int64 [B, H, n] entries of each list."""
-        return self.tiles.sum(-1) * block + self.columns.sum(-1)
-
-
 class ListPlan:
-    """The chunks of one view. Small plans are kept on the view, so that the backward finds the forward's."""
+    """The chunks of one view. Small lists are kept on the view, so that the backward finds the forward's."""
 
     def __init__(self, view: ShardView, geometry: Geometry) -> None:
         self.view, self.geometry = view, geometry
         self.causal_diagonal = view.k_blocks is not None and torch.equal(view.q_blocks, view.k_blocks)
-        self.first_open, self.last_open = self._document_bounds()
-        self._kept: list[Chunk] | None = None
-
-    @classmethod
-    def of(cls, view: ShardView, geometry: Geometry) -> ListPlan:
-        """The plan kept on the view, or a new one."""
-        plan = view.__dict__.get("_cpu_plan")
-        if plan is None or plan.geometry != geometry:
-            plan = cls(view, geometry)
-            object.__setattr__(view, "_cpu_plan", plan)
-        return plan
+        self.bounds = document_bounds(view, geometry)
 
     def chunks(self) -> Iterator[Chunk]:
         """Every list of the view, each item in exactly one chunk, in a fixed order."""
-        if self._kept is not None:
-            yield from self._kept
+        # Kept on the view and not in a table of plans: they live as long as the view, and no cycle delays their end.
+        geometry, kept = self.view.__dict__.get("_cpu_chunks", (None, []))
+        if geometry == self.geometry:
+            yield from kept
             return
         number = self.geometry.num_q_blocks
         keys = self.view.pattern.num_blocks if self.view.k_blocks is None else len(self.view.k_blocks)
@@ -123,13 +70,13 @@ class ListPlan:
             num_panels += 1
             yield from panel
         if num_panels == 1:
-            self._kept = panel
+            object.__setattr__(self.view, "_cpu_chunks", (self.geometry, panel))
 
     def bounded_diagonal(self) -> Tensor | None:
         """bool [B, nq]: query blocks in which a document starts, so that their diagonal tile is listed and not causal."""
         if self.view.doc_start is None:
             return None
-        return self.last_open > self.view.q_blocks * self.geometry.block
+        return self.bounds.last_open > self.view.q_blocks * self.geometry.block
 
     def row_mask(self, chunk: Chunk, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores [N, 1, b, n] of a chunk: 0 or `MASKED`; None when every pair counts."""
@@ -145,16 +92,6 @@ class ListPlan:
             hidden = hidden | (key > query[..., None]) | (key < start[..., None])
         mask = hidden * torch.tensor(MASKED, dtype=dtype)
         return mask[:, None].expand(number, 1, self.geometry.block, width)
-
-    def _document_bounds(self) -> tuple[Tensor, Tensor]:
-        """int64 [B, nq] each: the smallest and the largest document start among the real rows of each query block."""
-        g, view = self.geometry, self.view
-        if view.doc_start is None:
-            zero = torch.zeros(1, 1, dtype=torch.int64).expand(g.batch, g.num_q_blocks)
-            return zero, zero
-        start = view.doc_start.view(g.batch, g.num_q_blocks, g.block)
-        dead = (view.q_positions >= view.pattern.seq_len).view(g.num_q_blocks, g.block)
-        return start.masked_fill(dead, view.pattern.seq_len).amin(2), start.masked_fill(dead, 0).amax(2)
 
     def _query_bounds(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [N, b] each: global positions and document starts of the query rows of these items."""
@@ -176,7 +113,7 @@ class ListPlan:
 
     def _panels(self, low: int, high: int) -> Iterator[list[Chunk]]:
         """Chunks of the query blocks low..high, in panels whose lists fit the token budget."""
-        selection = self._select(low, high)
+        selection = select(self.view, self.geometry, self.bounds, low, high, skip_diagonal=self.causal_diagonal)
         lengths = selection.lengths(self.geometry.block)
         if high - low > 1 and int(lengths.sum()) > self.geometry.token_budget:
             middle = (low + high) // 2
@@ -185,67 +122,7 @@ class ListPlan:
         else:
             yield self._build(selection, lengths, low)
 
-    def _select(self, low: int, high: int) -> _Selection:
-        """Tiles and columns that the query blocks low..high read from the lists."""
-        view, block = self.view, self.geometry.block
-        q_ids = view.q_blocks[low:high]
-        first, last = self.first_open[:, None, low:high, None], self.last_open[:, None, low:high, None]
-        if view.k_blocks is None:
-            cover = view.pattern.block_mask(q_ids, torch.arange(view.pattern.num_blocks))
-            tiles, bounded = cover[..., :0], torch.zeros(cover.shape[:3], dtype=torch.bool)
-        else:
-            k_ids = view.k_blocks
-            cover = view.pattern.block_mask(q_ids, k_ids)
-            tiles, edge = cover, q_ids[:, None] == k_ids
-            if view.doc_start is not None:
-                tiles = tiles & ((k_ids + 1) * block > first)
-                edge = edge | (k_ids * block < last)
-            if self.causal_diagonal:
-                causal = (q_ids[:, None] == k_ids) & (k_ids * block >= last)
-                tiles = tiles & ~causal
-            bounded = (tiles & edge).any(-1)
-        columns, column_rows = self._select_columns(q_ids, cover, first)
-        if view.doc_start is not None and columns.shape[3]:
-            assert view.pattern.columns is not None
-            bounded = bounded | (columns & (view.pattern.columns[:, :, None] < last)).any(-1)
-        return _Selection(tiles, columns, column_rows, bounded)
-
-    def _select_columns(self, q_ids: Tensor, cover: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """(bool [B, H, n, C], local key rows int64 [B, H, C]) of the columns that no tile in ``cover`` holds."""
-        view, block = self.view, self.geometry.block
-        assert view.pattern.columns is not None
-        column = view.pattern.columns.long()
-        if view.k_blocks is not None and not view.inline_columns:
-            column = column[:, :, :0]
-        known = (column < view.pattern.seq_len) & (torch.nn.functional.pad(column, (1, 0), value=-1)[..., :-1] < column)
-        home = (column // block).clamp(max=view.pattern.num_blocks - 1)
-        if view.k_blocks is not None:
-            slot = torch.full((view.pattern.num_blocks,), -1)
-            real = view.k_blocks < view.pattern.num_blocks
-            slot[view.k_blocks[real]] = torch.arange(len(view.k_blocks))[real]
-            home = slot[home]
-            rows, known = home * block + column % block, known & (home >= 0)
-        else:
-            rows, known = self._find_columns(column, known)
-        if not column.shape[2]:
-            return torch.zeros(cover.shape[:3] + (0,), dtype=torch.bool), column
-        covered = cover.gather(3, home.clamp(min=0)[:, :, None].expand(-1, -1, len(q_ids), -1))
-        # The query block's own tile is always a tile (offset 0), so columns count only before it.
-        before = (column[:, :, None] < q_ids[:, None] * block) & (q_ids < view.pattern.num_blocks)[:, None]
-        chosen = known[:, :, None] & before & ~covered
-        return (chosen if view.doc_start is None else chosen & (column[:, :, None] >= first)), rows
-
-    def _find_columns(self, column: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each head's columns lie among the gathered rows of its key-value head, and whether they are there."""
-        held = self.view.column_positions
-        assert held is not None
-        held = held.repeat_interleave(self.geometry.heads // held.shape[1], 1).contiguous()
-        if not held.shape[2]:
-            return torch.zeros_like(column), torch.zeros_like(known)
-        rows = torch.searchsorted(held, column.contiguous()).clamp(max=held.shape[2] - 1)
-        return rows, known & (held.gather(2, rows) == column)
-
-    def _build(self, selection: _Selection, lengths: Tensor, low: int) -> list[Chunk]:
+    def _build(self, selection: Selection, lengths: Tensor, low: int) -> list[Chunk]:
         """Chunks of one panel: items sorted by length, lists written straight into the padded rows of their chunk."""
         g = self.geometry
         count, flat_bounded = lengths.flatten(), selection.bounded.flatten()
@@ -279,7 +156,7 @@ class ListPlan:
             chunks.append(Chunk(item[start:stop], queries, here, length, start < num_bounded))
         return chunks
 
-    def _write_rows(self, selection: _Selection, base: Tensor, total: int) -> Tensor:
+    def _write_rows(self, selection: Selection, base: Tensor, total: int) -> Tensor:
         """[total]: tile tokens, then columns, of every list, starting at ``base`` [items of the panel]."""
         g, dtype = self.geometry, self.geometry.row_dtype
         rows = torch.zeros(total, dtype=dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels import ShardView, SparsePattern, reference_attention, sparse_attention
-from sparse_kernels.cpu import CpuBackend, dense, flash, lists
+from sparse_kernels.cpu import CpuBackend, dense, flash, lists, selection
 from sparse_kernels.pattern import pad_doc_start
 from sparse_kernels.reference_backend import ReferenceBackend
 from sparse_kernels.view import block_positions
@@ -186,7 +188,7 @@ def test_several_panels_and_many_chunks(monkeypatch: pytest.MonkeyPatch, documen
     monkeypatch.setattr(lists, "CHUNK_BYTES", 4000)
     monkeypatch.setattr(lists, "CALL_MACS", 0)
     monkeypatch.setattr(lists, "SELECTION_ENTRIES", 3000)
-    monkeypatch.setattr(lists.Geometry, "token_budget", 500)
+    monkeypatch.setattr(selection.Geometry, "token_budget", 500)
     assert_same(run_whole(case), wanted, 1e-10)
 
 
@@ -399,7 +401,7 @@ def test_work_follows_the_pattern(documents: bool) -> None:
     case = make_case(18, 2000, 16, columns=100, diagonals=6, group=4)
     starts = torch.arange(2000).div(496, rounding_mode="floor").mul(496).expand(1, -1) if documents else None
     view = ShardView(case.pattern, case.every, k_blocks=case.every, inline_columns=True, doc_start=starts)
-    plan = lists.ListPlan(view, lists.Geometry(1, 8, 2, 64, 2000, 125, 16, 4))
+    plan = lists.ListPlan(view, selection.Geometry(1, 8, 2, 64, 2000, 125, 16, 4))
     ends = torch.arange(15, 2000, 16)
     before = torch.arange(2000) < ends[:, None] - 15
     selected = int((view.mask()[:, :, ends] & before).sum())
@@ -409,15 +411,37 @@ def test_work_follows_the_pattern(documents: bool) -> None:
         assert padding * 16 * 64 <= lists.CALL_MACS
 
 
-def test_backward_reuses_the_lists_of_the_forward() -> None:
+def test_backward_reuses_the_lists_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(19, 203, 16, columns=30)
     view = case.whole()
+    calls = []
+    original = lists.select
+
+    def counted(*args: object, **kwargs: object) -> selection.Selection:
+        calls.append(args)
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lists, "select", counted)
     out, lse = CPU.forward(case.q, case.k, case.v, view, case.scale)
-    plan = view.__dict__["_cpu_plan"]
-    kept = list(plan.chunks())
     CPU.backward(case.dout, case.q, case.k, case.v, out, lse, view, case.scale)
-    assert view.__dict__["_cpu_plan"] is plan
-    assert all(a is b for a, b in zip(kept, plan.chunks(), strict=True))
+    assert len(calls) == 1
+    # Lists of another geometry are not mistaken for these.
+    CPU.forward(case.q.float(), case.k.float(), case.v.float(), view, case.scale)
+    assert len(calls) == 2
+
+
+def test_lists_die_with_their_view() -> None:
+    """No reference cycle: the index is freed when the autograd graph lets the view go."""
+    case = make_case(19, 203, 16, columns=30)
+    view = case.whole()
+    CPU.forward(case.q, case.k, case.v, view, case.scale)
+    watched = weakref.ref(view.__dict__["_cpu_chunks"][1][0].rows)
+    gc.disable()
+    try:
+        del view
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
