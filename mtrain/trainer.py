@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, cast
 
 from accelerate.utils import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from mtrain.checkpoint import Checkpointer, load_state, load_tensors
 from mtrain.data.loader import make_loader
@@ -152,6 +154,8 @@ class Run:
 
     def _build_model(self) -> None:
         recipe, ring = self.recipe, self.world.ring
+        if not (self.world.is_main and sys.stderr.isatty()):
+            disable_progress_bar()  # one bar for a person is enough; ranks and log files need none
         train, attention = recipe.train, recipe.attention
         model = load_model(recipe.model, seed=recipe.seed, world_size=ring.world_size, vocab_size=len(self.tokenizer))
         limit = model.config.max_position_embeddings

@@ -229,7 +229,13 @@ def main() -> None:
     """Print the table; --write also stores it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"store the table in {TABLE.parent.name}/{TABLE.name}")
-    parser.add_argument("--patterns", nargs="+", type=Path, default=[], help="steps of one run, oldest first")
+    parser.add_argument(
+        "--patterns",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="steps of one run, oldest first; files of another block size are another case",
+    )
     sizes = [256, 512, 1024, 8192]
     parser.add_argument(
         "--blocks", nargs="+", type=int, default=sizes, help="synthetic sequence lengths, in blocks of 64"
@@ -242,8 +248,11 @@ def main() -> None:
         for name, packed in (("synthetic", 0.0), ("packed, ~4 documents", 1 / 4), ("packed, ~32 documents", 1 / 32)):
             rows += rows_of(name, synthetic_steps(blocks, 64, packed, seed=options.seed))
             print(render(rows[-len(RANKS) :]), flush=True)
-    if options.patterns:
-        rows += rows_of("trained model", [load_step(path) for path in options.patterns])
+    trained: dict[int, list[Step]] = {}
+    for step in map(load_step, options.patterns):
+        trained.setdefault(step.layers[0].block, []).append(step)
+    for block, steps in trained.items():
+        rows += rows_of(f"trained model, blocks of {block}", steps)
         print(render(rows[-len(RANKS) :]), flush=True)
     met = sum(verdict(row) == "met" for row in rows)
     summary = f"Bar (worker <= {BAR}, step <= striped's) met in {met} of {len(rows)} rows."
@@ -256,13 +265,15 @@ def main() -> None:
 
 INTRODUCTION = """# Balance of the ring, by layout
 
-`python scripts/bench_balance.py --write` (add `--patterns FILE ...` for the patterns of a trained model). Every cell is worker
-/ step imbalance: max_r sum_t / mean and (sum_t max_r) / mean of the computed tile area of rank r in step t, exactly counted,
-columns as one more local step. Flat ring; synthetic cases: 4 layers of 16 heads, blocks of 64 tokens. "Next step" is what
-training gets: the balancer has seen five earlier steps whose patterns share two thirds of their slashes and columns from one
-to the next, and knows only the documents of the step it is judged on. "Same step" has seen the step itself. The bound is a
-worker imbalance that no assignment with equal block counts can beat (steps ignored). "By layer" adds up the steps of every
-layer on its own, as the ring waits; the assignment is one for all layers and balances their sum.
+`python scripts/bench_balance.py --write --patterns benchmarks/patterns/*.safetensors`; the patterns are those of the
+model that `make quickstart` trained, on three steps of its own data (`scripts/dump_patterns.py`). At 4096 tokens it
+leaves 2 to 32 blocks per rank. Every cell is worker / step imbalance: max_r sum_t / mean and (sum_t max_r) / mean of
+the computed tile area of rank r in step t, exactly counted, columns as one more local step. Flat ring; synthetic
+cases: 4 layers of 16 heads, blocks of 64 tokens. "Next step" is what training gets: the balancer has seen five
+earlier steps whose patterns share two thirds of their slashes and columns from one to the next, and knows only the
+documents of the step it is judged on. "Same step" has seen the step itself. The bound is a worker imbalance that no
+assignment with equal block counts can beat (steps ignored). "By layer" adds up the steps of every layer on its own,
+as the ring waits; the assignment is one for all layers and balances their sum.
 
 With other synthetic draws (`--seed 1000`, `2000`, `3000`, `--blocks 256 512 1024`) 76 of 81 rows meet the bar. The five misses
 are packed, at W = 32 with 8 or 16 blocks per rank: worker up to 1.089, or a step imbalance 0.001 to 0.003 above striped's."""
