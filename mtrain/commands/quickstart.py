@@ -7,7 +7,6 @@ mtrain quickstart --output runs/mine seed=1
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
@@ -36,18 +35,22 @@ def run(args: argparse.Namespace) -> int:
                 f"{override!r} cannot be given to every stage: overrides are key=value, each stage writes under --output DIR and "
                 "starts from the one before it"
             )
+    stages = plan(args.output, args.overrides)  # a mistake in an override ends it here, before anything is touched
     _fresh(args.output)
-    stages = plan(args.output, args.overrides)
     seconds = {name: sum(run_stage(stage) for stage in parts) for name, parts in stages.items()}
     return _conclude(args.output, stages, seconds, started)
 
 
 def _fresh(output: Path) -> None:
-    """An empty directory; only one that an earlier quickstart made is ever removed."""
+    """An empty directory. An earlier quickstart there is set aside under a numbered name; other files are never touched."""
     if output.exists() and any(output.iterdir()):
         if not (output / MARK).exists():
             raise MtrainError(f"{output} holds files that no quickstart made; give another place with --output DIR")
-        shutil.rmtree(output)
+        number = 1
+        while (aside := output.with_name(f"{output.name}_{number}")).exists():
+            number += 1
+        output.rename(aside)
+        print(f"the earlier quickstart is now {aside}", flush=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARK).write_text("{}\n")
 

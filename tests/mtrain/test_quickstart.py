@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mtrain.cli import main
+from mtrain.commands.quickstart import _fresh
 from mtrain.data.retrieval import retrieval_prompts
 from mtrain.data.tokenizer import load_tokenizer
 from mtrain.export import export_model
@@ -105,6 +106,17 @@ def test_sparkline_follows_the_curve():
 def test_overrides_that_cannot_serve_every_stage(word, tmp_path, capsys):
     assert main(["quickstart", "--output", str(tmp_path / "new"), word]) == 2
     assert "cannot be given to every stage" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_nothing_of_an_earlier_quickstart_is_lost(tmp_path, capsys):
+    output = tmp_path / "quickstart"
+    for _ in range(2):
+        _fresh(output)
+        (output / "report.md").write_text("kept")
+    assert main(["quickstart", "--output", str(output), "train.stepz=1"]) == 2
+    assert "train.steps" in capsys.readouterr().err
+    assert (output / "report.md").exists() and (tmp_path / "quickstart_1" / "report.md").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart", "quickstart_1"]
 
 
 @pytest.mark.slow
