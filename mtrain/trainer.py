@@ -25,7 +25,7 @@ from mtrain.export import export_model
 from mtrain.layout import RingLayout
 from mtrain.metrics import MetricsLog, Window, density_summary, peak_memory_mb
 from mtrain.models.attach import attach
-from mtrain.models.build import load_model
+from mtrain.models.build import adopt_special_tokens, load_model
 from mtrain.models.context import RingContext
 from mtrain.models.loss import install_loss_head
 from mtrain.optim import learning_rate, make_adamw
@@ -150,6 +150,8 @@ class Run:
             total_steps=train.steps,
             tensorboard=recipe.log.tensorboard,
         )
+        if self.resumed_from is not None:
+            self.log.say(f"resuming after step {self.step} from {self.saved}")
         self.window, self.shown = Window(), dict[str, str]()
 
     def _build_model(self) -> None:
@@ -158,6 +160,8 @@ class Run:
             disable_progress_bar()  # one bar for a person is enough; ranks and log files need none
         train, attention = recipe.train, recipe.attention
         model = load_model(recipe.model, seed=recipe.seed, world_size=ring.world_size, vocab_size=len(self.tokenizer))
+        if recipe.model.config is not None:
+            adopt_special_tokens(model, self.tokenizer, recipe.model.config)
         limit = model.config.max_position_embeddings
         if limit < train.seq_len and self.world.is_main:
             logger.warning(

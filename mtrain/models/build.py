@@ -60,6 +60,17 @@ def load_model(
     return model
 
 
+def adopt_special_tokens(model: PreTrainedModel, tokenizer: Any, given: Mapping[str, Any]) -> None:
+    """A model from scratch begins, ends and pads as its tokenizer does, unless its config says otherwise.
+
+    A family's default ids belong to that family's own tokenizer; with another one, ``generate`` would never stop.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if name not in given:
+            for config in (model.config, model.generation_config):
+                setattr(config, name, getattr(tokenizer, name))
+
+
 def load_config(recipe: ModelRecipe, *, vocab_size: int | None = None) -> Any:
     """The transformers config a recipe names, before any override. See `load_model`."""
     if recipe.config is not None:

@@ -64,8 +64,9 @@ def refuse_call(sliding_window: int | None, dropout: float, layer: int) -> None:
 
 
 _WINDOW_ADVICE = (
-    "a window hides keys that the pattern may choose. To train without the window set model.config.sliding_window=null "
-    'in the recipe, or "sliding_window": null in the config.json of the model'
+    "a window hides keys that the pattern may choose. To train without it: a model from scratch takes "
+    'model.config.sliding_window=null in the recipe; for a model from a path copy its directory and write "sliding_window": null '
+    "into config.json"
 )
 _DROPOUT_ADVICE = "block-sparse kernels have no dropout on the probabilities: set attention_dropout to 0.0"
 

@@ -139,8 +139,6 @@ def check_train(train: schema.TrainRecipe) -> None:
     at_least(train, 1, "steps", "seq_len", "batch_rows", "micro_rows", "loss_chunk")
     positive(train, "lr", "eps")
     at_least(train, 0, "warmup_steps", "weight_decay", "clip")
-    if train.warmup_steps > train.steps:
-        raise FieldError("warmup_steps", f"must not exceed steps ({train.steps}), got {train.warmup_steps}")
     if not 0 <= train.min_lr_ratio <= 1:
         raise FieldError("min_lr_ratio", f"is the last learning rate / lr, from 0 to 1; got {train.min_lr_ratio}")
     if not all(0 <= beta < 1 for beta in train.betas):

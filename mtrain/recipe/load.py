@@ -22,7 +22,7 @@ from mtrain.recipe.yaml_tree import Node, from_value, parse, read_file
 DEFAULT = "quickstart"
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_SIZE = re.compile(r"(\d[\d_]*)([KMG])", re.ASCII)
+_SIZE = re.compile(r"(\d[\d_]*)([KMGkmg])", re.ASCII)
 _MISSING = object()
 
 S = TypeVar("S")
@@ -259,7 +259,7 @@ def _convert_scalar(hint: Any, node: Node) -> Any:
 def _number(text: str) -> int | float | None:
     """A finite number or a size (512K = 524288), else None. Digits may be grouped: 1_000_000."""
     if size := _SIZE.fullmatch(text):
-        return int(size[1]) * UNITS[size[2]]
+        return int(size[1]) * UNITS[size[2].upper()]
     match = _NUMBER.fullmatch(text)
     if not match:
         return None

@@ -162,7 +162,7 @@ class TrainRecipe:
     batch_rows: int = 1  # rows per optimizer step over all data-parallel ranks
     micro_rows: int = 1  # rows per micro-batch per data-parallel rank; the rest is gradient accumulation
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0  # linear, from 0 to lr
+    warmup_steps: int = 0  # linear, from 0 to lr; a run of fewer steps just never gets to lr
     min_lr_ratio: float = 0.1  # last learning rate / lr (cosine, linear)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8

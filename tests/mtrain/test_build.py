@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from mtrain.data.tokenizer import load_tokenizer
 from mtrain.errors import ModelError
-from mtrain.models.build import load_model
+from mtrain.models.build import adopt_special_tokens, load_model
 from mtrain.models.rope import check_rope, frequencies
 from mtrain.recipe.schema import ModelRecipe
 
@@ -201,3 +202,13 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
                       '{"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}'))  # fmt: skip
     with pytest.raises(ModelError, match="cannot read the config|not supported"):
         load_model(ModelRecipe(path=path))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_a_model_from_scratch_ends_where_its_tokenizer_does(family: str) -> None:
+    """Llama's default eos is id 2, a plain byte of the byte tokenizer: generate would stop there and nowhere else."""
+    tokenizer = load_tokenizer("bytes")
+    model = load_model(recipe(family, vocab_size=388))
+    adopt_special_tokens(model, tokenizer, {"bos_token_id": 1})
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 258, 256)

@@ -68,7 +68,7 @@ def test_minimal_recipe_and_its_defaults(write: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("512K", 524288), ("1M", 1 << 20), ("2G", 1 << 31), ("1_000", 1000), ("1e4", 10000), ("7", 7), ("32.0", 32)],
+    [("512K", 524288), ("4k", 4096), ("1M", 1 << 20), ("2G", 1 << 31), ("1_000", 1000), ("1e4", 10000), ("7", 7), ("32.0", 32)],
 )
 def test_whole_numbers_and_sizes(write: Any, text: str, value: int) -> None:
     found = load_recipe(write(MINIMAL), [f"train.seq_len={text}"]).train.seq_len
@@ -84,7 +84,7 @@ def test_numbers(write: Any, text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["512k", "1KB", "1.5K", "-1K", "0x10", "12:30:45", "1e999", ".inf", "nan", "1 2", "9" * 5000]
+    "text", ["1KB", "1.5K", "-1K", "0x10", "12:30:45", "1e999", ".inf", "nan", "1 2", "9" * 5000]
 )
 def test_what_is_no_number(write: Any, text: str) -> None:
     assert "train.seq_len must be a whole number" in error(write(MINIMAL.replace("4K", text)))
@@ -183,7 +183,6 @@ def test_overrides_reach_sections_lists_and_missing_places(write: Any) -> None:
         ("train.lr=0", "train.lr: must be greater than 0, got 0.0"),
         ("train.lr=-1", "must be greater than 0"),
         ("train.steps=0", "train.steps: must be at least 1, got 0"),
-        ("train.warmup_steps=11", "train.warmup_steps: must not exceed steps (10), got 11"),
         ("train.betas=[0.9, 1.0]", "train.betas: must both be at least 0 and below 1"),
         ("train.min_lr_ratio=2", "from 0 to 1"),
         ("train.batch_rows=3 train.micro_rows=2", "multiple of parallel.dp x train.micro_rows = 2, got 3; try 4"),
