@@ -91,5 +91,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
         raise ValueError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(_FACTORIES)}")
     reason = _instance(name).unusable(device, dtype, head_dim)
     if reason is not None:
-        raise ValueError(f"attention backend {name!r} cannot run here: {reason}; use backend='auto' to pick one that can")
+        raise ValueError(
+            f"attention backend {name!r} cannot run here: {reason}; use backend='auto' to pick one that can"
+        )
     return _instance(name)

@@ -57,7 +57,11 @@ class SparsePattern:
                 "SparsePattern.dense(batch, heads, seq_len, block)"
             )
         batch, heads, device = given[0].shape[0], given[0].shape[1], given[0].device
-        for name, tensor, rank in (("columns", self.columns, 3), ("diagonals", self.diagonals, 3), ("blocks", self.blocks, 4)):
+        for name, tensor, rank in (
+            ("columns", self.columns, 3),
+            ("diagonals", self.diagonals, 3),
+            ("blocks", self.blocks, 4),
+        ):
             if tensor is None:
                 continue
             if tensor.dim() != rank or tensor.shape[:2] != (batch, heads) or tensor.device != device:
@@ -72,7 +76,9 @@ class SparsePattern:
         assert self.columns is not None and self.diagonals is not None
         # Looked at on the CPU only: on a GPU the checks would wait for the device.
         if device.type == "cpu" and (not self.diagonals.shape[2] or bool((self.diagonals[:, :, 0] != 0).any())):
-            raise PatternError("offset 0 must come first in the diagonals of every head, so that no row is without keys")
+            raise PatternError(
+                "offset 0 must come first in the diagonals of every head, so that no row is without keys"
+            )
         if device.type == "cpu" and not _ascending(self.columns, self.seq_len):
             raise PatternError(
                 f"columns must be key positions from 0, ascending and without repeats in every head, padded at the end with "
@@ -85,7 +91,9 @@ class SparsePattern:
             )
 
     @classmethod
-    def dense(cls, batch: int, heads: int, seq_len: int, block: int, device: torch.device | str = "cpu") -> SparsePattern:
+    def dense(
+        cls, batch: int, heads: int, seq_len: int, block: int, device: torch.device | str = "cpu"
+    ) -> SparsePattern:
         """The plain causal mask: every block diagonal, no columns."""
         num_blocks = -(-seq_len // block)
         offsets = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(batch, heads, num_blocks)
@@ -164,7 +172,9 @@ class SparsePattern:
         from sparse_kernels.view import ShardView
 
         every = torch.arange(self.num_blocks)
-        mask = ShardView(self, every, k_blocks=every, inline_columns=True, doc_start=pad_doc_start(doc_start, self)).mask()
+        mask = ShardView(
+            self, every, k_blocks=every, inline_columns=True, doc_start=pad_doc_start(doc_start, self)
+        ).mask()
         return mask[:, :, : self.seq_len, : self.seq_len]
 
     def density(self, doc_start: Tensor | None = None) -> Tensor:
@@ -183,7 +193,9 @@ class SparsePattern:
             tiles = self.block_mask(torch.tensor([q_block]), all_keys)[:, :, 0]  # [B, H, NB]
             first = torch.maximum(start[:, rows, None], all_keys * b)
             last = torch.minimum(row[rows, None], (all_keys + 1) * b - 1)
-            area = (last - first + 1).clamp(min=0).sum(1)  # [B, NB] pairs of each tile that causality and documents allow
+            area = (
+                (last - first + 1).clamp(min=0).sum(1)
+            )  # [B, NB] pairs of each tile that causality and documents allow
             allowed += (tiles * area[:, None]).sum(2)
             column = self.columns.long()
             free = (column < q_block * b) & ~tiles.gather(2, (column // b).clamp(max=size - 1))

@@ -28,7 +28,9 @@ def reference_attention(
     """
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads: give a multiple of num_kv_heads")
+        raise ValueError(
+            f"{heads} query heads cannot share {kv_heads} key-value heads: give a multiple of num_kv_heads"
+        )
     acc = accumulation_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = heads // kv_heads

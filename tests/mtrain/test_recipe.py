@@ -68,7 +68,16 @@ def test_minimal_recipe_and_its_defaults(write: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("512K", 524288), ("4k", 4096), ("1M", 1 << 20), ("2G", 1 << 31), ("1_000", 1000), ("1e4", 10000), ("7", 7), ("32.0", 32)],
+    [
+        ("512K", 524288),
+        ("4k", 4096),
+        ("1M", 1 << 20),
+        ("2G", 1 << 31),
+        ("1_000", 1000),
+        ("1e4", 10000),
+        ("7", 7),
+        ("32.0", 32),
+    ],
 )
 def test_whole_numbers_and_sizes(write: Any, text: str, value: int) -> None:
     found = load_recipe(write(MINIMAL), [f"train.seq_len={text}"]).train.seq_len
@@ -83,9 +92,7 @@ def test_numbers(write: Any, text: str, value: float) -> None:
     assert load_recipe(write(MINIMAL), [f"train.lr={text}"]).train.lr == value
 
 
-@pytest.mark.parametrize(
-    "text", ["1KB", "1.5K", "-1K", "0x10", "12:30:45", "1e999", ".inf", "nan", "1 2", "9" * 5000]
-)
+@pytest.mark.parametrize("text", ["1KB", "1.5K", "-1K", "0x10", "12:30:45", "1e999", ".inf", "nan", "1 2", "9" * 5000])
 def test_what_is_no_number(write: Any, text: str) -> None:
     assert "train.seq_len must be a whole number" in error(write(MINIMAL.replace("4K", text)))
 
