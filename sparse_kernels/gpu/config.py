@@ -1,0 +1,93 @@
+"""Tile shapes, warps and stages per kernel: a checked-in table, never tuned at run time.
+
+Every row was compiled for sm_80 and sm_90 without register spills (tests/triton_compile); none was chosen by a clock, because
+a kernel tuned while it runs makes the times of steps, and the order of additions, differ from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIMS = (64, 96, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_BLOCK = 16  # the smallest side of a tensor-core product
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch shape: query rows m, key rows n, warps and software-pipeline stages of one program."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def within(self, block: int) -> Tile:
+        """The same shape cut so that a tile lies inside one pattern block."""
+        return Tile(min(self.m, block), min(self.n, block), self.warps, self.stages)
+
+
+# kernel -> (compute capability major, padded head_dim, bytes per element) -> tiles, the first that fits the pattern block wins.
+TABLE: dict[str, dict[tuple[int, int, int], Tile]] = {
+    "forward": {
+        (8, 64, 2): Tile(128, 64, 8, 3),
+        (8, 128, 2): Tile(128, 64, 8, 3),
+        (9, 64, 2): Tile(128, 64, 8, 3),
+        (9, 128, 2): Tile(128, 64, 8, 3),
+        (8, 64, 4): Tile(64, 32, 8, 2),
+        (8, 128, 4): Tile(64, 32, 8, 2),
+        (9, 64, 4): Tile(64, 32, 8, 2),
+        (9, 128, 4): Tile(64, 32, 8, 2),
+    },
+    "dq": {
+        (8, 64, 2): Tile(64, 64, 8, 2),
+        (8, 128, 2): Tile(64, 64, 8, 2),
+        (9, 64, 2): Tile(64, 64, 8, 2),
+        (9, 128, 2): Tile(64, 64, 8, 2),
+        (8, 64, 4): Tile(32, 32, 8, 2),
+        (8, 128, 4): Tile(32, 32, 8, 1),
+        (9, 64, 4): Tile(32, 32, 8, 2),
+        (9, 128, 4): Tile(32, 32, 8, 1),
+    },
+    "dkdv": {
+        (8, 64, 2): Tile(64, 64, 8, 2),
+        (8, 128, 2): Tile(64, 64, 8, 2),
+        (9, 64, 2): Tile(64, 64, 8, 2),
+        (9, 128, 2): Tile(64, 64, 8, 2),
+        (8, 64, 4): Tile(32, 32, 8, 2),
+        (8, 128, 4): Tile(32, 32, 8, 1),
+        (9, 64, 4): Tile(32, 32, 8, 2),
+        (9, 128, 4): Tile(32, 32, 8, 1),
+    },
+    "columns": {
+        (8, 64, 2): Tile(64, 64, 8, 2),
+        (8, 128, 2): Tile(64, 64, 8, 2),
+        (9, 64, 2): Tile(64, 64, 8, 2),
+        (9, 128, 2): Tile(64, 64, 8, 2),
+        (8, 64, 4): Tile(32, 32, 8, 2),
+        (8, 128, 4): Tile(32, 32, 8, 1),
+        (9, 64, 4): Tile(32, 32, 8, 2),
+        (9, 128, 4): Tile(32, 32, 8, 1),
+    },
+}
+# A narrower launch where the pattern block allows only 64 query rows: eight warps would have nothing to do.
+NARROW: dict[str, Tile] = {"forward": Tile(64, 64, 4, 2)}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next power of two: what a tile holds of a head."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def tile_for(kernel: str, major: int, head_dim: int, itemsize: int, block: int) -> Tile:
+    """The launch shape of a kernel on a device of this compute capability, for patterns of this block.
+
+    Newer devices than the table knows use its newest rows.
+    """
+    tile = TABLE[kernel][min(major, 9), padded_head_dim(head_dim), itemsize]
+    narrow = NARROW.get(kernel)
+    if narrow is not None and itemsize == 2 and block < tile.m:
+        tile = narrow
+    return tile.within(block)
