@@ -63,8 +63,14 @@ def _cpu() -> Backend:
     return CpuBackend()
 
 
+def _triton() -> Backend:
+    from sparse_kernels.gpu import TritonBackend
+
+    return TritonBackend()
+
+
 # In the order in which "auto" tries them. Factories import their backend only when it is asked for.
-_FACTORIES: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": _reference}
+_FACTORIES: dict[str, Callable[[], Backend]] = {"triton": _triton, "cpu": _cpu, "reference": _reference}
 
 
 @cache

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 SHARED_LIMIT = {80: 160 * 1024, 90: 224 * 1024}  # bytes per block that we allow ourselves, below the chips' own limits
 
 
@@ -60,6 +69,24 @@ def measure(
     ptx = compiled.asm["ptx"]
     registers, spills = _assemble(ptx, capability)
     return Resources(registers, spills, compiled.metadata.shared, "wgmma" in ptx or "mma.sync" in ptx)
+
+
+def arguments_of(kernel: Any, launched: Mapping[str, Any]) -> dict[str, Any]:
+    """What `measure` needs, from the arguments of a real launch, specialised as Triton's own launcher would."""
+    arguments: dict[str, Any] = {}
+    for parameter in kernel.params:
+        value = launched[parameter.name]
+        if parameter.is_constexpr:
+            arguments[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            arguments[parameter.name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, float):
+            arguments[parameter.name] = "fp32"
+        else:
+            width = "i32" if -(2**31) <= value < 2**31 else "i64"
+            fixed = not parameter.do_not_specialize
+            arguments[parameter.name] = value if fixed and value == 1 else width + ":16" * (fixed and value % 16 == 0)
+    return arguments
 
 
 def _is_type(argument: Any) -> bool:
