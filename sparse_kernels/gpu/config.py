@@ -71,6 +71,47 @@ TABLE: dict[str, dict[tuple[int, int, int], Tile]] = {
         (9, 64, 4): Tile(32, 32, 8, 2),
         (9, 128, 4): Tile(32, 32, 8, 1),
     },
+    # The lists of tiles (general_kernels). On sm_90 64 query rows of dk/dv at head_dim 128 would spill a few bytes.
+    "general_forward": {
+        (8, 64, 2): Tile(128, 64, 8, 3),
+        (8, 128, 2): Tile(128, 64, 8, 3),
+        (9, 64, 2): Tile(128, 64, 8, 3),
+        (9, 128, 2): Tile(128, 64, 8, 3),
+        (8, 64, 4): Tile(64, 32, 8, 2),
+        (8, 128, 4): Tile(64, 32, 8, 2),
+        (9, 64, 4): Tile(64, 32, 8, 2),
+        (9, 128, 4): Tile(64, 32, 8, 2),
+    },
+    "general_dq": {
+        (8, 64, 2): Tile(64, 64, 8, 2),
+        (8, 128, 2): Tile(64, 64, 8, 2),
+        (9, 64, 2): Tile(64, 64, 8, 2),
+        (9, 128, 2): Tile(64, 64, 8, 2),
+        (8, 64, 4): Tile(32, 32, 8, 2),
+        (8, 128, 4): Tile(32, 32, 8, 1),
+        (9, 64, 4): Tile(32, 32, 8, 2),
+        (9, 128, 4): Tile(32, 32, 8, 1),
+    },
+    "general_dkdv": {
+        (8, 64, 2): Tile(64, 64, 8, 2),
+        (8, 128, 2): Tile(64, 64, 8, 2),
+        (9, 64, 2): Tile(64, 64, 8, 2),
+        (9, 128, 2): Tile(32, 64, 8, 2),
+        (8, 64, 4): Tile(32, 32, 8, 2),
+        (8, 128, 4): Tile(32, 32, 8, 1),
+        (9, 64, 4): Tile(32, 32, 8, 2),
+        (9, 128, 4): Tile(32, 32, 8, 1),
+    },
+    "general_columns": {
+        (8, 64, 2): Tile(64, 64, 8, 2),
+        (8, 128, 2): Tile(64, 64, 8, 2),
+        (9, 64, 2): Tile(64, 64, 8, 2),
+        (9, 128, 2): Tile(64, 64, 8, 2),
+        (8, 64, 4): Tile(32, 32, 8, 2),
+        (8, 128, 4): Tile(32, 32, 8, 1),
+        (9, 64, 4): Tile(32, 32, 8, 2),
+        (9, 128, 4): Tile(32, 32, 8, 1),
+    },
 }
 # A narrower launch where the pattern block allows only 64 query rows: eight warps would have nothing to do.
 NARROW: dict[str, Tile] = {"forward": Tile(64, 64, 4, 2)}
@@ -86,7 +127,7 @@ def tile_for(kernel: str, major: int, head_dim: int, itemsize: int, block: int) 
 
     Newer devices than the table knows use its newest rows.
     """
-    tile = TABLE[kernel][min(major, 9), padded_head_dim(head_dim), itemsize]
+    tile = TABLE[kernel][min(major, 9), max(64, padded_head_dim(head_dim)), itemsize]
     narrow = NARROW.get(kernel)
     if narrow is not None and itemsize == 2 and block < tile.m:
         tile = narrow

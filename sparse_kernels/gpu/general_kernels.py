@@ -72,7 +72,7 @@ def _covered(offsets, blocks, bh, blocks_base, q_id, key_block, live, blocks_sk,
     return there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_len", "num_q", "num_blocks", "room", "width"])
 def forward_kernel(
     q, k, v, out, lse, carry_out, carry_lse, doc_start,
     q_ids, k_ids, diagonal, start, count, entries, offsets, blocks, column_position, column_row, column_before,
@@ -112,7 +112,7 @@ def forward_kernel(
     if HAS_TILES:
         key_slot = tl.load(diagonal + slot)
         near = tl.where(key_slot < 0, 0, ((part + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N)
-        for sub in range(0, near):
+        for sub in range(near):
             at = sub * BLOCK_N + n
             k_tile = _load_rows(k_base, key_slot * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
             v_tile = _load_rows(v_base, key_slot * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -121,7 +121,7 @@ def forward_kernel(
                 keep = keep & ((q_id * BLOCK + at)[None, :] >= low[:, None])
             acc, high, total = _attend(q_tile, k_tile, v_tile, keep, acc, high, total, scale2, True, PRECISION)
         list_base = entries + bh * room + tl.load(start + slot)
-        for step in range(0, tl.load(count + bh * num_q + slot) * SUB_N):
+        for step in range(tl.load(count + bh * num_q + slot) * SUB_N):
             far = tl.load(list_base + step // SUB_N)
             at = (step % SUB_N) * BLOCK_N + n
             k_tile = _load_rows(k_base, far * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -152,7 +152,7 @@ def forward_kernel(
     tl.store(lse + bh * length + rows, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def delta_kernel(
     out, dout, delta, heads, length, do_sb, do_ss, do_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -176,9 +176,7 @@ def _load_lse(lse, rows):
 
 
 @triton.jit
-def _row_gradient(
-    q, do, k, v, keep, lse2, delta, dq, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
+def _row_gradient(q, do, k, v, keep, lse2, delta, dq, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """dq += dS K of one tile (without the scale)."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
@@ -189,7 +187,7 @@ def _row_gradient(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_q", "num_blocks", "room", "width"])
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, doc_start,
     q_ids, k_ids, diagonal, start, count, entries, offsets, blocks, column_position, column_row, column_before,
@@ -221,7 +219,7 @@ def dq_kernel(
     if HAS_TILES:
         key_slot = tl.load(diagonal + slot)
         near = tl.where(key_slot < 0, 0, ((part + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N)
-        for sub in range(0, near):
+        for sub in range(near):
             at = sub * BLOCK_N + n
             k_tile = _load_rows(k_base, key_slot * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
             v_tile = _load_rows(v_base, key_slot * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -230,7 +228,7 @@ def dq_kernel(
                 keep = keep & ((q_id * BLOCK + at)[None, :] >= low[:, None])
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, True, PRECISION)
         list_base = entries + bh * room + tl.load(start + slot)
-        for step in range(0, tl.load(count + bh * num_q + slot) * SUB_N):
+        for step in range(tl.load(count + bh * num_q + slot) * SUB_N):
             far = tl.load(list_base + step // SUB_N)
             at = (step % SUB_N) * BLOCK_N + n
             k_tile = _load_rows(k_base, far * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -254,13 +252,13 @@ def dq_kernel(
             v_tile = _load_rows(v_base, row, v_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
             keep = live[None, :] & (key[None, :] >= low[:, None])
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, True, PRECISION)
-    _store_rows(dq + (b * length * heads + h) * HEAD_DIM, rows, heads * HEAD_DIM, rows >= 0, acc * scale, HEAD_DIM, BLOCK_D)
+    _store_rows(
+        dq + (b * length * heads + h) * HEAD_DIM, rows, heads * HEAD_DIM, rows >= 0, acc * scale, HEAD_DIM, BLOCK_D
+    )
 
 
 @triton.jit
-def _key_gradient(
-    q, do, k, v, keep, lse2, delta, dk, dv, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
+def _key_gradient(q, do, k, v, keep, lse2, delta, dk, dv, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """dk += dS^T Q (without the scale) and dv += P^T dO of one tile, keys by queries."""
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if MASKED:
@@ -273,7 +271,7 @@ def _key_gradient(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_q", "num_k", "room"])
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, doc_start, q_ids, k_ids, diagonal, start, count, entries,
     scale2, scale, heads, group, num_q, num_k, room,
@@ -300,7 +298,7 @@ def dkdv_kernel(
     q_slot = tl.load(diagonal + slot)
     begin = part * BLOCK_N // BLOCK_M
     near = tl.where(q_slot < 0, begin, SUB_M)
-    for g in range(0, group):
+    for g in range(group):
         h = kv * group + g
         bh = b * heads + h
         q_base, do_base = q + b * q_sb + h * q_sh, dout + b * do_sb + h * do_sh
@@ -317,7 +315,7 @@ def dkdv_kernel(
                 q_tile, do, k_tile, v_tile, keep, lse2, d, dk_tile, dv_tile, scale2, True, PRECISION
             )
         list_base = entries + bh * room + tl.load(start + slot)
-        for step in range(0, tl.load(count + bh * num_k + slot) * SUB_M):
+        for step in range(tl.load(count + bh * num_k + slot) * SUB_M):
             here = tl.load(list_base + step // SUB_M) * BLOCK + (step % SUB_M) * BLOCK_M + m
             q_tile = _load_rows(q_base, here, q_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
             do = _load_rows(do_base, here, do_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -333,7 +331,7 @@ def dkdv_kernel(
     _store_rows(dv + at_head, rows, kv_heads * HEAD_DIM, rows >= 0, dv_tile, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_q", "num_live", "num_blocks", "width"])
 def column_kernel(
     q, k, v, dout, lse, delta, dk, dv, doc_start,
     q_ids, order, offsets, blocks, column_position, column_row, column_first,
@@ -379,3 +377,26 @@ def column_kernel(
         )
     _store_rows(dk + bh * width * HEAD_DIM, at, HEAD_DIM, at < width, dk_tile * scale, HEAD_DIM, BLOCK_D)
     _store_rows(dv + bh * width * HEAD_DIM, at, HEAD_DIM, at < width, dv_tile, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["member", "width", "num_rows"])
+def fold_kernel(
+    part_k, part_v, dk, dv, column_row, member, heads, group, width, num_rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the columns of one query head of every group to dk and dv; a row occurs once per head, so no two programs meet."""
+    bk = tl.program_id(1).to(tl.int64)
+    kv_heads = heads // group
+    b, kv = bk // kv_heads, bk % kv_heads
+    bh = b * heads + kv * group + member
+    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.load(column_row + bh * width + at, mask=at < width, other=-1)
+    live = row >= 0
+    stride = kv_heads * HEAD_DIM
+    first = (b * num_rows * kv_heads + kv) * HEAD_DIM
+    tile = _load_rows(part_k + bh * width * HEAD_DIM, at, HEAD_DIM, live, HEAD_DIM, BLOCK_D, True, False)
+    tile += _load_rows(dk + first, row, stride, live, HEAD_DIM, BLOCK_D, True, False)
+    _store_rows(dk + first, row, stride, live, tile, HEAD_DIM, BLOCK_D)
+    tile = _load_rows(part_v + bh * width * HEAD_DIM, at, HEAD_DIM, live, HEAD_DIM, BLOCK_D, True, False)
+    tile += _load_rows(dv + first, row, stride, live, HEAD_DIM, BLOCK_D, True, False)
+    _store_rows(dv + first, row, stride, live, tile, HEAD_DIM, BLOCK_D)

@@ -155,7 +155,7 @@ def _tile_lists(
     return TileLists(_send(diagonal, device), start, count, entries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_own", "num_other", "num_blocks", "room"])
 def _fill_kernel(
     offsets, blocks, doc_low, own_ids, other_ids, start, entries, count,
     num_own, num_other, num_blocks, room, heads, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
@@ -197,7 +197,11 @@ def _column_lists(view: ShardView, pattern: SparsePattern, q_ids: Tensor) -> Col
     block, columns = pattern.block, pattern.columns
     assert columns is not None
     gathered = view.column_positions
-    if not columns.shape[2] or (gathered is None and not view.inline_columns) or (gathered is not None and not gathered.shape[2]):
+    if (
+        not columns.shape[2]
+        or (gathered is None and not view.inline_columns)
+        or (gathered is not None and not gathered.shape[2])
+    ):
         return None
     columns = columns.to(torch.int32).contiguous()
     if gathered is None:
@@ -212,7 +216,9 @@ def _column_lists(view: ShardView, pattern: SparsePattern, q_ids: Tensor) -> Col
     ends = (torch.where(q_ids < number, q_ids, 0) * block).expand(*columns.shape[:2], -1).contiguous()
     before = torch.searchsorted(columns, ends, out_int32=True)
     ordered, order = view.q_blocks.sort()
-    first = torch.searchsorted(_send(ordered, columns.device), (columns // block).contiguous(), right=True, out_int32=True)
+    first = torch.searchsorted(
+        _send(ordered, columns.device), (columns // block).contiguous(), right=True, out_int32=True
+    )
     return ColumnLists(columns, row, before, first, _send(order, columns.device), int((ordered < number).sum()))
 
 
