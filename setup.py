@@ -50,7 +50,7 @@ setup(
     package_data={"mtrain.recipes": ["*.yaml", "*/*.yaml"], "mtrain": ["py.typed"], "sparse_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.8",
-        "transformers>=5.0",
+        "transformers>=5.4",
         "accelerate>=1.10",
         "datasets>=4.0",
         "tokenizers>=0.22",

@@ -11,17 +11,19 @@ context parallelism of Llama 3 (arXiv 2407.21783).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mtrain.columns import ColumnStore
 from mtrain.comm import Pending, Ring
 from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout
 from sparse_kernels import ShardView, SparsePattern, resolve_backend
+from sparse_kernels.attention import check_scale
 from sparse_kernels.backends import Backend, State
 from sparse_kernels.reference import accumulation_dtype
 
@@ -56,7 +58,7 @@ def ring_attention(
         layout: who owns which block; its block and seq_len are the pattern's.
         schedule: "ring" or "gather".
         doc_start: this rank's shard int64 [B, n] of the document starts (global positions); None: one document.
-        scale: default D^-0.5.
+        scale: of the scores, above 0; default D^-0.5.
         backend: "auto", or a name of `sparse_kernels.backends()`.
         return_lse: also return this rank's lse [B, H, n], natural log, float32 (no gradient flows through it).
 
@@ -64,11 +66,15 @@ def ring_attention(
         This rank's shard of the output [B, n, H, D] in the dtype of q, or (out, lse). Padding rows are 0 (lse -inf) and get no
         gradient.
 
+    Autocast has no say here: the inputs keep their dtype and the scores are accumulated in float32. Gradients of gradients are
+    refused.
+
     Raises:
         MtrainError: shards that do not fit the layout, the pattern or the ring.
         LaunchError: a peer was lost.
     """
     _check(q, k, v, pattern, ring, layout, schedule, doc_start)
+    check_scale(scale)
     call = _Call(
         pattern=pattern,
         ring=ring,
@@ -79,7 +85,8 @@ def ring_attention(
         # Alone there is nothing to pass around: one call over all keys.
         gather=schedule == "gather" or ring.world_size == 1,
     )
-    out, lse = _RingAttention.apply(q, k, v, call)
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = _RingAttention.apply(q, k, v, call)
     return (out, lse) if return_lse else out
 
 
@@ -101,6 +108,10 @@ def _check(
         raise MtrainError(
             f"the pattern is for {pattern.seq_len} tokens in blocks of {pattern.block}, the layout for {layout.seq_len} in "
             f"blocks of {layout.block}; build both from the same seq_len and block"
+        )
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise MtrainError(
+            f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; each must be a shard [B, n, heads, D]"
         )
     batch, length, heads, head_dim = q.shape
     if length != layout.local_len:
@@ -127,22 +138,27 @@ class _Call:
     scale: float
     backend: Backend
     gather: bool
+    # The backward gets the views of the forward, with whatever index a backend has prepared on them.
+    views: dict[object, ShardView] = field(default_factory=dict)
 
     def view_of(self, source: int) -> ShardView:
         """This rank's queries against the shard of rank ``source``."""
-        queries = self.layout.blocks(self.ring.rank)
-        return ShardView(self.pattern, queries, k_blocks=self.layout.blocks(source), doc_start=self.doc_start)
+        return self._view(source, self.pattern, k_blocks=self.layout.blocks(source))
 
     def view_of_columns(self, store: ColumnStore) -> ShardView:
         """This rank's queries against the gathered columns."""
-        queries = self.layout.blocks(self.ring.rank)
-        return ShardView(self.pattern, queries, column_positions=store.positions, doc_start=self.doc_start)
+        return self._view("columns", self.pattern, column_positions=store.positions)
 
     def view_of_all(self, heads: slice) -> ShardView:
         """This rank's queries against every shard, in rank order, for some query heads."""
-        queries, keys = self.layout.blocks(self.ring.rank), self.layout.table.flatten()
-        pattern = self.pattern.select(heads)
-        return ShardView(pattern, queries, k_blocks=keys, inline_columns=True, doc_start=self.doc_start)
+        pattern, keys = self.pattern.select(heads), self.layout.table.flatten()
+        return self._view(heads.start, pattern, k_blocks=keys, inline_columns=True)
+
+    def _view(self, name: object, pattern: SparsePattern, **keys: Any) -> ShardView:
+        if name not in self.views:
+            queries = self.layout.blocks(self.ring.rank)
+            self.views[name] = ShardView(pattern, queries, doc_start=self.doc_start, **keys)
+        return self.views[name]
 
     def reachable(self, source: int) -> bool:
         """Could any query of this rank see any key of that shard? Known from the layout alone, without asking the device."""
@@ -172,21 +188,28 @@ class _RingAttention(torch.autograd.Function):
         return out.to(q.dtype), lse
 
     @staticmethod
+    @once_differentiable  # out and lse are constants here, so a second derivative would be wrong without a word
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *rows = ctx.saved_tensors
-        call: _Call = ctx.call
-        dout = dout.contiguous()
-        if call.gather:
-            dq, dk, dv = _gather_backward(dout, q, k, v, out, lse, call)
-        else:
-            dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, call)
-            if ctx.store is not None:
-                view = call.view_of_columns(ctx.store)
-                k_rows, v_rows = rows
-                gradients = call.backend.backward(dout, q, k_rows, v_rows, out, lse, view, call.scale)
-                dq += gradients[0]
-                ctx.store.scatter(dk, dv, gradients[1], gradients[2], call.ring)
+        saved = ctx.saved_tensors  # unpacked once: activation checkpointing allows no second look
+        q, k, v = saved[:3]
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = _backward(dout.contiguous(), saved, ctx.store, ctx.call)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _backward(dout: Tensor, saved: tuple[Tensor, ...], store: ColumnStore | None, call: _Call) -> Gradients:
+    """Gradients of the whole layer. ``saved``: q, k, v, out, lse, and with a store the gathered K and V rows."""
+    q, k, v, out, lse, *rows = saved
+    if call.gather:
+        return _gather_backward(dout, q, k, v, out, lse, call)
+    dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, call)
+    if store is not None:
+        k_rows, v_rows = rows
+        view = call.view_of_columns(store)
+        dq_part, dk_rows, dv_rows = call.backend.backward(dout, q, k_rows, v_rows, out, lse, view, call.scale)
+        dq += dq_part
+        store.scatter(dk, dv, dk_rows, dv_rows, call.ring)
+    return dq, dk, dv
 
 
 def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call, carry: State | None) -> State:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mtrain.comm import Ring
 from mtrain.layout import RingLayout
 from sparse_kernels import SparsePattern
+from sparse_kernels.pattern import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class ColumnStore:
         positions = union_columns(pattern, num_kv_heads)
         b = layout.block
         blocks = (positions // b).clamp(max=layout.table.numel() - 1)
-        owner, slot = layout.owner.to(positions.device), layout.slot.to(positions.device)
+        owner, slot = upload(layout.owner, positions.device), upload(layout.slot, positions.device)
         mine = (owner[blocks] == ring.rank) & (positions < pattern.seq_len)
         local = torch.where(mine, slot[blocks] * b + positions % b, layout.local_len)
         return cls(positions, local.transpose(1, 2).contiguous())

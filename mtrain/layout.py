@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtrain.errors import MtrainError
+from sparse_kernels.pattern import upload
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 
@@ -115,7 +116,7 @@ class RingLayout:
             raise MtrainError(
                 f"cannot shard {x.shape[dim]} entries along dim {dim}: this layout is for {self.seq_len} tokens"
             )
-        positions = self.positions(rank).to(x.device)
+        positions = upload(self.positions(rank), x.device)
         part = x.index_select(dim, positions.clamp(max=self.seq_len - 1))
         shape = [1] * x.dim()
         shape[dim] = -1
@@ -129,7 +130,7 @@ class RingLayout:
         positions = torch.cat([self.positions(rank) for rank in range(self.ranks)])
         source = torch.empty_like(positions)
         source[positions] = torch.arange(positions.numel())
-        return joined.index_select(dim, source[: self.seq_len].to(joined.device))
+        return joined.index_select(dim, upload(source[: self.seq_len], joined.device))
 
 
 def padded_blocks(kind: str, seq_len: int, ranks: int, block: int) -> int:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mtrain.errors import MtrainError
+
 RUN_FILE = "run.jsonl"
 
 
@@ -143,7 +145,11 @@ def keep_lines_until(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a run.jsonl; an unfinished last line is ignored."""
+    """The records of a run.jsonl; an unfinished last line is ignored.
+
+    Raises:
+        MtrainError: names the line that is no record.
+    """
     lines = path.read_text().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -151,8 +157,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise ValueError(
-                    f"{path}:{number}: not JSON: {line[:80]!r}; this file is written by mtrain only"
+                raise MtrainError(
+                    f"{path}:{number}: not JSON: {line[:80]!r}; this file is written by mtrain only: delete the line"
                 ) from None
     return records
 

@@ -18,8 +18,8 @@ from mtrain.parallel import World
 class Rebalancer:
     """Feeds the balancer what each step cost and gives the ring its layout for the next.
 
-    All ranks of a ring hold the same rows and the same patterns, so each computes the same assignment by itself; only
-    data-parallel replicas, which saw other rows, add up their measurements.
+    All ranks of a ring hold the same rows and the same patterns, so each measures the same by itself; only data-parallel replicas,
+    which saw other rows, add up their measurements. The assignment of the ring's first rank counts (8 bytes per block).
 
     Args:
         balancer: the running average; its state belongs into checkpoints.
@@ -37,6 +37,9 @@ class Rebalancer:
         packed = bool(doc_start.any())
         assignment = self.balancer.assignment(self.context.ring.topology, doc_start if packed else None)
         if assignment is not None:
+            # One rank decides: floating-point libraries may break a tie differently on another machine, and ranks that disagree
+            # would each train on tokens that are not theirs, without an error.
+            assignment = self.world.ring.broadcast(assignment, 0)
             old = self.context.layout
             self.context.layout = RingLayout.build("balanced", old.seq_len, old.ranks, old.block, assignment)
 

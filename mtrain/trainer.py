@@ -154,6 +154,13 @@ class Run:
         recipe, ring = self.recipe, self.world.ring
         train, attention = recipe.train, recipe.attention
         model = load_model(recipe.model, seed=recipe.seed, world_size=ring.world_size, vocab_size=len(self.tokenizer))
+        limit = model.config.max_position_embeddings
+        if limit < train.seq_len and self.world.is_main:
+            logger.warning(
+                "the model's max_position_embeddings %d is below train.seq_len %d, and its export would tell others not to use "
+                "more: set model.max_position_embeddings=%d, and model.rope where its positions should be stretched",
+                *(limit, train.seq_len, train.seq_len),
+            )
         install_loss_head(model, train.loss_chunk)
         layout = RingLayout.build(attention.layout, train.seq_len, ring.world_size, attention.block)
         self.model: Any = attach(model, attention, ring, layout)
@@ -220,11 +227,13 @@ class Run:
         return result
 
     def record(self, result: StepResult, lr: float, seconds: float) -> None:
-        """Progress bar every step; a line of run.jsonl every `log.every` steps, at both ends, and when recall was measured."""
+        """Progress bar every step; a line of run.jsonl every `log.every` steps, at both ends, at a stop, and with recall."""
         self.tokens += result.tokens
         self.window.add(result.loss, result.targets, result.tokens, seconds)
-        ends = (1, self.recipe.train.steps)
-        if self.step % self.recipe.log.every == 0 or self.step in ends or self._measures_recall(self.step - 1):
+        # A stop counts as an end: what the window holds is not saved, and would be missing from the record.
+        ends = (1, self.recipe.train.steps, self.recipe.checkpoint.stop_after)
+        due = self.step % self.recipe.log.every == 0 or self.step in ends or result.stop
+        if due or self._measures_recall(self.step - 1):
             self.shown = self._write_line(result, lr)
             self.window.reset()
         self.log.advance({"loss": f"{result.loss:.3f}", **self.shown})
@@ -317,7 +326,7 @@ class Run:
 
 
 def enable_activation_checkpointing(model: Any) -> None:
-    """Recompute each decoder layer in the backward pass (transformers renamed the switch in version 5)."""
+    """Recompute each decoder layer in the backward pass (transformers 5.21 and later call the switch by another name)."""
     switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     switch()
 

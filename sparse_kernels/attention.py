@@ -27,17 +27,21 @@ def sparse_attention(
         k, v: [B, S, K, D], H a multiple of K.
         pattern: which keys each query may see; its batch, heads and seq_len must be those of q.
         doc_start: int64 [B, S], first position of each query's document; None: one document.
-        scale: default D^-0.5.
+        scale: of the scores, above 0; default D^-0.5.
         backend: "auto", or a name of `backends()`.
         return_lse: also return lse [B, H, S], natural log, float32 (no gradient flows through it).
 
     Returns:
         out [B, S, H, D] in the dtype of q, or (out, lse).
 
+    Autocast has no say here: the inputs keep their dtype and the scores are accumulated in float32. Gradients of gradients are
+    refused.
+
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
     check_shapes(q, k, v, pattern)
+    check_scale(scale)
     index, sizes = flatten(pattern, pad_doc_start(doc_start, pattern))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     missing = pattern.num_blocks * pattern.block - pattern.seq_len
@@ -50,6 +54,10 @@ def sparse_attention(
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern) -> None:
     """ValueError unless q, k, v are the whole sequence of the pattern."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(
+            f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; each must be [B, S, heads, D] (a batch of one is q[None])"
+        )
     batch, length, heads, head_dim = q.shape
     if (batch, length, heads) != (pattern.batch, pattern.seq_len, pattern.heads):
         raise ValueError(
@@ -60,4 +68,12 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern) -> Non
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{batch}, {length}, num_kv_heads, {head_dim}] with "
             f"num_kv_heads dividing {heads}"
+        )
+
+
+def check_scale(scale: float | None) -> None:
+    """ValueError unless the scale is None or above 0: at 0 and below, dense kernels turn a causal mask of -inf into NaN."""
+    if scale is not None and not scale > 0:
+        raise ValueError(
+            f"scale multiplies the attention scores and must be above 0, got {scale}; leave it out for D^-0.5"
         )

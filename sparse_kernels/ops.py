@@ -43,7 +43,9 @@ def attention(
         lse describes, not a rounded one. No gradient flows through lse.
     """
     view, chosen = _prepare(q, index, sizes, backend)
-    out, lse = chosen.forward(q, k, v, view, scale)
+    # The reference backend multiplies matrices, which autocast would do in bfloat16.
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = chosen.forward(q, k, v, view, scale)
     return out.contiguous(), lse.contiguous()
 
 
@@ -64,7 +66,8 @@ def attention_backward(
     view, chosen = _prepare(q, index, sizes, backend)
     # The caller's gradient had the dtype of q before autograd widened it to that of out: nothing is rounded here.
     dout = dout.to(q.dtype).contiguous()
-    grads = chosen.backward(dout, q, k, v, out, lse, view, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        grads = chosen.backward(dout, q, k, v, out, lse, view, scale)
     dq, dk, dv = (g.to(x.dtype).contiguous() for g, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
 
@@ -145,4 +148,10 @@ def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any,
     return *attention_backward(dout, q, k, v, out, lse, index, *ctx.settings), *nothing
 
 
+def _refuse(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    # out and lse are constants of the backward, so a second derivative would be wrong without a word.
+    raise RuntimeError("trying to differentiate twice through sparse_attention, which has first derivatives only")
+
+
 attention.register_autograd(_backward, setup_context=_setup_context)
+attention_backward.register_autograd(_refuse)

@@ -69,10 +69,15 @@ class SparsePattern:
             object.__setattr__(self, "columns", torch.empty(batch, heads, 0, dtype=torch.int32, device=device))
         if self.diagonals is None:
             object.__setattr__(self, "diagonals", torch.zeros(batch, heads, 1, dtype=torch.int32, device=device))
-        assert self.diagonals is not None
-        # Looked at on the CPU only: on a GPU the check would wait for the device.
+        assert self.columns is not None and self.diagonals is not None
+        # Looked at on the CPU only: on a GPU the checks would wait for the device.
         if device.type == "cpu" and (not self.diagonals.shape[2] or bool((self.diagonals[:, :, 0] != 0).any())):
             raise PatternError("offset 0 must come first in the diagonals of every head, so that no row is without keys")
+        if device.type == "cpu" and not _ascending(self.columns, self.seq_len):
+            raise PatternError(
+                f"columns must be key positions from 0, ascending and without repeats in every head, padded at the end with "
+                f"seq_len={self.seq_len}; sort them first"
+            )
         if self.blocks is not None and self.blocks.shape[2:] != (self.num_blocks, self.num_blocks):
             raise PatternError(
                 f"blocks has shape {tuple(self.blocks.shape)}; expected [{batch}, {heads}, {self.num_blocks}, {self.num_blocks}] "
@@ -141,7 +146,7 @@ class SparsePattern:
 
         Ids at or beyond NB (padding of a layout) are never selected.
         """
-        q_ids, k_ids = q_blocks.to(self.device)[:, None], k_blocks.to(self.device)[None, :]
+        q_ids, k_ids = upload(q_blocks, self.device)[:, None], upload(k_blocks, self.device)[None, :]
         inside = (k_ids <= q_ids) & (q_ids < self.num_blocks)
         offset = torch.where(inside, q_ids - k_ids, 0)
         mask = self.offset_table()[:, :, offset]
@@ -182,9 +187,22 @@ class SparsePattern:
             allowed += (tiles * area[:, None]).sum(2)
             column = self.columns.long()
             free = (column < q_block * b) & ~tiles.gather(2, (column // b).clamp(max=size - 1))
-            rows_open = (start[:, None, rows, None] <= column[:, :, None]).sum(2)  # rows of the block that see the column
-            allowed += (free * rows_open).sum(2)
+            if doc_start is None:
+                allowed += free.sum(2) * (rows.stop - rows.start)
+            else:
+                allowed += (free * (start[:, None, rows, None] <= column[:, :, None]).sum(2)).sum(2)
         return (allowed / causal).float()
+
+
+def upload(index: Tensor, device: torch.device) -> Tensor:
+    """A CPU index on ``device``. An ordinary copy would make the host wait until the device has done all its earlier work."""
+    return index.to(device, non_blocking=True)
+
+
+def _ascending(columns: Tensor, seq_len: int) -> bool:
+    """Are the columns [B, H, C] of every head strictly ascending up to the padding (values from seq_len on)?"""
+    here, following = columns[:, :, :-1], columns[:, :, 1:]
+    return not bool(((following <= here) & (following < seq_len)).any() or (columns < 0).any())
 
 
 def pad_doc_start(doc_start: Tensor | None, pattern: SparsePattern) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_kernels.pattern import SparsePattern
+from sparse_kernels.pattern import SparsePattern, upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class ShardView:
     @property
     def q_positions(self) -> Tensor:
         """int64 [nq * b] global positions of the local query rows (>= seq_len: padding)."""
-        return block_positions(self.q_blocks, self.pattern.block).to(self.pattern.device)
+        return upload(block_positions(self.q_blocks, self.pattern.block), self.pattern.device)
 
     def mask(self) -> Tensor:
         """The plain truth of the view: bool [B, H, nq * b, keys]. Memory is the full rectangle; for tests and small cases."""
@@ -49,7 +49,7 @@ class ShardView:
         assert pattern.columns is not None
         query = self.q_positions
         if self.k_blocks is not None:
-            key = block_positions(self.k_blocks, b).to(pattern.device).expand(pattern.batch, pattern.heads, -1)
+            key = upload(block_positions(self.k_blocks, b), pattern.device).expand(pattern.batch, pattern.heads, -1)
             tiles = pattern.block_mask(self.q_blocks, self.k_blocks)
             near = tiles.repeat_interleave(b, 2).repeat_interleave(b, 3)
             chosen = near | self._is_column(key)[:, :, None] if self.inline_columns else near

@@ -1,6 +1,6 @@
 """Who computes how much: exact work accounting, and layouts that even it out.
 
-    from mtrain.balance import Balancer, work, imbalance, measure
+from mtrain.balance import Balancer, work, imbalance, measure
 """
 
 from mtrain.balance.forecast import Forecast, worker_bound

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SHORT = 32  # rows that see at most this many blocks are summed offset by offset; a longer document is worth a transform
+# Rows that see at most this many blocks are summed offset by offset; a longer document is worth a transform.
+_SHORT = 32
 
 
 def visible_convolution(kernel: Tensor, signal: Tensor, first: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ class Forecast:
         """
         num_blocks = -(-seq_len // block)
         if tuple(measured.shape) != (3, num_blocks):
-            raise MtrainError(f"a measured cost has shape {tuple(measured.shape)}; expected (3, {num_blocks}) from `measure`")
+            raise MtrainError(
+                f"a measured cost has shape {tuple(measured.shape)}; expected (3, {num_blocks}) from `measure`"
+            )
         if doc_start is not None and (doc_start.dim() != 2 or doc_start.shape[1] != seq_len):
             raise MtrainError(f"doc_start has shape {tuple(doc_start.shape)}; expected [batch rows, {seq_len}]")
         rows = 1 if doc_start is None else doc_start.shape[0]

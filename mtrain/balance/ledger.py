@@ -10,9 +10,12 @@ from mtrain.topology import RingTopology
 
 
 class Ledger:
-    """Starts striped, or with the owners of each window of W blocks shifted by ``shifts`` int64 [n]; `swap` exchanges two blocks in O(NB) time. All work is in units of the mean work of a rank.
+    """Starts striped, or with ``owner`` int64 [W * n], every rank n times; `swap` exchanges two blocks in O(NB) time.
+
+    All work is in units of the mean work of a rank.
 
     Attributes:
+        unit: mean work of a rank, in computed tile area.
         table: int64 [W, n] block ids of each rank; ids >= NB are padding without cost.
         steps: float64 [W, outer * inner], work of each rank in each ring step.
         local: float64 [W], work of each rank outside the ring's steps.
@@ -22,26 +25,27 @@ class Ledger:
         shard: int64 [W, steps], whose keys a rank meets in a step. step_of: int64 [W, W], in which step it meets a rank's keys.
     """
 
-    def __init__(self, forecast: Forecast, topology: RingTopology, shifts: Ints | None = None) -> None:
+    def __init__(self, forecast: Forecast, topology: RingTopology, owner: Ints | None = None) -> None:
         ranks, blocks = topology.world_size, forecast.num_blocks
         self.ranks, self.num_blocks, self.per_rank = ranks, blocks, -(-blocks // ranks)
         self.first, self.last = forecast.first, forecast.last
         self.shard: Ints = shard_table(topology).numpy()
         self.step_of: Ints = np.argsort(self.shard, axis=1)
         size = self.per_rank * ranks
-        lane = np.tile(np.arange(ranks), (self.per_rank, 1))
-        if shifts is None:
+        self.tiles = forecast.tiles
+        if owner is None:
+            owner = np.arange(size) % ranks
             self.by_shard, self.by_reader = self._striped(forecast)
         else:
-            lane = (lane - shifts[:, None]) % ranks
-            self.by_shard, self.by_reader = _shifted(dense_tiles(forecast, ranks), lane)
+            tiles, hot = self.dense_tiles(), np.eye(ranks)[owner]
+            self.by_shard, self.by_reader = tiles @ hot, tiles.T @ hot
         self.block_local: Floats = np.pad(forecast.local, (0, size - blocks))
         self.block_cost: Floats = self.by_shard.sum(1) + self.block_local
         self.unit = float(self.block_cost.sum()) / ranks or 1.0
         for part in (self.by_shard, self.by_reader, self.block_local, self.block_cost):
             part /= self.unit
-        self.tiles: Floats = forecast.tiles / self.unit
-        self.table: Ints = (lane + ranks * np.arange(self.per_rank)[:, None]).T.copy()
+        self.tiles = self.tiles / self.unit
+        self.table: Ints = np.argsort(owner, kind="stable").reshape(ranks, self.per_rank)
         pairs = self.by_shard[self.table].sum(1)
         self.steps: Floats = np.take_along_axis(pairs, self.shard, 1)
         self.local: Floats = self.block_local[self.table].sum(1)
@@ -53,13 +57,23 @@ class Ledger:
         reach = np.zeros((size, ranks))  # reach[x, t]: work of the offsets up to x that are t modulo ranks
         reach[ids, ids % ranks] = forecast.tiles
         np.cumsum(reach, axis=0, out=reach)
-        away = (ids[:, None] - np.arange(ranks)) % ranks
-        back = (np.arange(ranks) - ids[:, None]) % ranks
+        lane = np.arange(ranks)
+        away = ((lane[:, None] - lane) % ranks)[ids % ranks]  # from each query's rank to each shard
+        back = ((lane - lane[:, None]) % ranks)[ids % ranks]
         by_shard, by_reader = np.zeros((size, ranks)), np.zeros((size, ranks))
         for first, last in zip(self.first, self.last, strict=True):
-            by_shard[: ids.size] += np.take(reach, ((ids - first) * ranks)[:, None] + away)
-            by_reader[: ids.size] += np.take(reach, ((last - ids) * ranks)[:, None] + back)
+            by_shard[: ids.size] += np.take(reach, away + ((ids - first) * ranks)[:, None])
+            by_reader[: ids.size] += np.take(reach, back + ((last - ids) * ranks)[:, None])
         return by_shard, by_reader
+
+    def dense_tiles(self) -> Floats:
+        """float64 [W * n, W * n], work of every query block on every key block; O(NB^2) memory."""
+        blocks, size = np.arange(self.num_blocks), self.per_rank * self.ranks
+        offset = blocks[:, None] - blocks
+        seen = (blocks >= self.first[:, :, None]).sum(0) * (offset >= 0)
+        tiles = np.zeros((size, size))
+        tiles[: blocks.size, : blocks.size] = seen * self.tiles[offset.clip(0)]
+        return tiles
 
     def tile(self, query: Ints, key: Ints) -> Floats:
         """Work of single tiles, key <= query."""
@@ -107,26 +121,6 @@ class Ledger:
         """(worker, step) imbalance of the current assignment."""
         worker, step = score(self.steps, self.local)
         return float(worker), float(step)
-
-
-def dense_tiles(forecast: Forecast, ranks: int) -> Floats:
-    """float64 [n, W, n, W], work of query (window, lane) against key (window, lane); padding is zero."""
-    size, count = -(-forecast.num_blocks // ranks) * ranks, forecast.num_blocks
-    blocks = np.arange(count)
-    offset = blocks[:, None] - blocks
-    seen = (blocks >= forecast.first[:, :, None]).sum(0) * (offset >= 0)
-    tiles = np.zeros((size, size))
-    tiles[:count, :count] = seen * forecast.tiles[offset.clip(0)]
-    return tiles.reshape(size // ranks, ranks, size // ranks, ranks)
-
-
-def _shifted(tiles: Floats, lane: Ints) -> tuple[Floats, Floats]:
-    """`by_shard` and `by_reader` when rank r owns lane[k, r] of window k."""
-    windows, ranks = lane.shape
-    window, size = np.arange(windows)[:, None], windows * ranks
-    by_shard = tiles.reshape(size, windows, ranks)[:, window, lane].sum(1)
-    by_reader = tiles.reshape(windows, ranks, size)[window, lane].sum(0).T
-    return by_shard, by_reader
 
 
 def score(steps: Floats, local: Floats) -> tuple[Floats, Floats]:

@@ -1,8 +1,11 @@
-"""Cyclic shifts of the striped layout: the cheapest way to even out the starts of a sequence.
+"""Rotating the owners of a range of blocks: moves that keep diagonals together.
 
-Striped gives window k (blocks kW .. kW + W - 1) to ranks 0 .. W - 1 in order, so the last rank always holds the longest row of its
-window and works most in every step. Shifting the owners of all windows from k on by s keeps every diagonal inside either part on one
-step, as striped does; only tiles that cross the seam change their step. One seam roughly halves both imbalances of a short sequence.
+In the striped layout every diagonal meets all ranks in one step, but the last rank holds the longest row of every window
+of W blocks, and documents begin where they like. Taking the owners of a range of k W consecutive blocks s ranks further
+leaves every rank its count and every diagonal inside the range, or outside it, on one step; only tiles across the two seams
+change theirs, and a seam at the start of a document or at an end of the sequence has none to change. Two or three rotations
+halve both imbalances of a short sequence, which exchanges of single blocks cannot do without tearing the local diagonals
+apart.
 """
 
 from __future__ import annotations
@@ -11,64 +14,96 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mtrain.balance.forecast import Floats, Ints
-from mtrain.balance.ledger import score
+from mtrain.balance.forecast import Floats, Forecast, Ints
+from mtrain.balance.ledger import Ledger, score
 
-MOST_BLOCKS = 512  # beyond, striped leaves little to shift away, and the dense tile matrix costs more than it gains
-TURNS = 32  # shifts tried per seam
+MOST_BLOCKS = 512  # beyond, striped leaves little to rotate away, and the dense tile matrix costs more than it gains
+# Rotations at most; ranges, and turns of each, that are computed exactly per rotation.
+_ROUNDS, _RANGES, _TURNS = 6, 16, 6
 
-
-def shifted(tiles: Floats, local: Floats, shifts: Ints) -> tuple[Floats, Floats]:
-    """`mtrain.balance.ledger.dense_tiles` and local work [n, W] with lanes renamed to the ranks that own them under ``shifts`` int64 [n]."""
-    windows, ranks = local.shape
-    lane = (np.arange(ranks) - shifts[:, None]) % ranks  # [n, W]: the lane that a rank owns
-    window = np.arange(windows)[:, None]
-    renamed = tiles[window[:, :, None, None], lane[:, :, None, None], window, lane]
-    return renamed, local[window, lane]
+Rating = Callable[[Floats, Floats], Floats]
 
 
-def find_shifts(
-    tiles: Floats, local: Floats, shard: Ints, rating: Callable[[Floats, Floats], Floats], rounds: int = 3
-) -> Ints:
-    """Greedily add up to ``rounds`` seams while ``rating(worker, step)`` improves.
+def rotate(striped: Ledger, forecast: Forecast, rating: Rating, budget: float) -> tuple[Ints | None, float]:
+    """Greedily rotate ranges while ``rating(worker, step)`` falls and the budget lasts.
 
     Args:
-        tiles, local: `mtrain.balance.ledger.dense_tiles` and local work [n, W] of the striped layout, in units of the mean work of a rank.
-        shard: whose keys each rank meets in each step, see `mtrain.balance.work.shard_table`.
-        rating: lower is better.
+        striped: the books of the striped layout, untouched.
+        forecast: the cost model they were made from.
+        rating: lower is better; takes arrays.
+        budget: microseconds of estimated work.
 
     Returns:
-        int64 [n]: how many ranks the owners of each window are shifted by; zeros when nothing is better than striped.
+        (int64 [W * n] owners, or None when nothing is better than striped; estimated microseconds spent).
     """
-    windows, ranks = local.shape
-    shifts = np.zeros(windows, dtype=np.int64)
-    turns = np.arange(0, ranks, -(-ranks // TURNS))
-    worker, step = score(np.take_along_axis(tiles.sum((0, 2)), shard, 1), local.sum(0))
-    best = float(rating(worker, step))
-    for _ in range(rounds):
-        renamed, alone = (tiles, local) if not shifts.any() else shifted(tiles, local, shifts)
-        before = renamed.cumsum(2)  # [n, W, n, W], work on the keys of all windows up to one
-        found = None
-        for seam in range(1, windows):
-            early, across = before[:seam, :, seam - 1].sum(0), before[seam:, :, seam - 1].sum(0)
-            late = before[seam:, :, -1].sum(0) - across
-            values = rating(*_scores(early, across, late, alone[:seam].sum(0), alone[seam:].sum(0), shard, turns))
-            choice = int(values.argmin())
-            if values[choice] < best - 1e-9:
-                best, found = float(values[choice]), (seam, int(turns[choice]))
-        if found is None:
+    ranks, size = striped.ranks, striped.block_cost.size
+    if striped.num_blocks > MOST_BLOCKS or striped.per_rank < 2:
+        return None, 0.0
+    owner = np.arange(size) % ranks
+    spans, tiles = _ranges(forecast, ranks), striped.dense_tiles()
+    best, spent = float(rating(*(np.asarray(value) for value in striped.score()))), 0.02 * size * size
+    each = _RANGES * (60 + 0.2 * ranks**2 + 1.5e-5 * size**2 * ranks)
+    for _ in range(_ROUNDS):
+        if spent + each > budget:
             break
-        shifts[found[0] :] = (shifts[found[0] :] + found[1]) % ranks
-    return shifts
+        spent += each
+        value, found = _best_rotation(striped, tiles, owner, spans, rating)
+        if found is None or value >= best - 1e-9:
+            break
+        best, (begin, end, turn) = value, found
+        owner[begin:end] = (owner[begin:end] + turn) % ranks
+    return (owner if (owner != np.arange(size) % ranks).any() else None), spent
 
 
-def _scores(
-    early: Floats, across: Floats, late: Floats, alone_early: Floats, alone_late: Floats, shard: Ints, turns: Ints
-) -> tuple[Floats, Floats]:
-    """(worker, step), each float64 [turns], of shifting the late windows.
+def _ranges(forecast: Forecast, ranks: int) -> Ints:
+    """int64 [c, 2], ranges of whole multiples of W blocks that begin at a window or at a document."""
+    size = -(-forecast.num_blocks // ranks) * ranks
+    first = forecast.first
+    row, block = np.nonzero(first[:, 1:] > first[:, :-1])
+    begins = np.unique(np.concatenate([np.arange(0, size, ranks), block + 1, first[row, block + 1]]))
+    windows = np.arange(1, size // ranks + 1)
+    spans = np.stack(np.broadcast_arrays(begins[:, None], begins[:, None] + ranks * windows), -1).reshape(-1, 2)
+    return spans[spans[:, 1] <= size]
 
-    Work [W, W] by (rank, shard): of early queries, of late queries on early keys, of late queries on late keys; and local work [W].
-    """
-    lane = (np.arange(early.shape[0]) - turns[:, None]) % early.shape[0]  # [turns, W]
-    pairs = early + across[lane] + late[lane[:, :, None], lane[:, None]]
-    return score(np.take_along_axis(pairs, shard[None], 2), alone_early + alone_late[lane])
+
+def _best_rotation(
+    striped: Ledger, tiles: Floats, owner: Ints, spans: Ints, rating: Rating
+) -> tuple[float, tuple[int, int, int] | None]:
+    """(rating, (begin, end, turn)) of the best rotation among those that even out the totals most."""
+    ranks = striped.ranks
+    back = (np.arange(ranks) - np.arange(ranks)[:, None]) % ranks  # [turn, rank]: the rank that was there before
+    hot = np.eye(ranks)[owner]
+    rows, keys = tiles @ hot, tiles.T @ hot
+    pairs, local = hot.T @ rows, hot.T @ striped.block_local
+    worker = _worker_after(hot, striped.block_cost, spans, back)
+    best, found = np.inf, None
+    for candidate in np.argsort(worker.min(1), kind="stable")[:_RANGES]:
+        turns = np.argsort(worker[candidate], kind="stable")[:_TURNS]
+        turns = turns[np.isfinite(worker[candidate, turns])]
+        if turns.size == 0:
+            break
+        begin, end = spans[candidate]
+        inside, old = hot[begin:end], back[turns]
+        out, in_ = inside.T @ rows[begin:end], keys[begin:end].T @ inside
+        both = inside.T @ (tiles[begin:end, begin:end] @ inside)
+        alone = inside.T @ striped.block_local[begin:end]
+        # With D the change of the one-hot owners, O' T O gains D' T O, O' T D and D' T D.
+        after = pairs + out[old] - out + in_[:, old].transpose(1, 0, 2) - in_
+        after = after + both[old[:, :, None], old[:, None]] - both[old] - both[:, old].transpose(1, 0, 2) + both
+        values = rating(*score(np.take_along_axis(after, striped.shard[None], 2), local + alone[old] - alone))
+        choice = int(values.argmin())
+        if values[choice] < best:
+            best, found = float(values[choice]), (int(begin), int(end), int(turns[choice]))
+    return best, found
+
+
+def _worker_after(hot: Floats, cost: Floats, spans: Ints, back: Ints) -> Floats:
+    """float64 [c, W]: worker imbalance after each rotation of each range, infinite where the ranks' counts would change."""
+    none = np.zeros((1, hot.shape[1]))
+    work = np.concatenate([none, np.cumsum(hot * cost[:, None], axis=0)])
+    count = np.concatenate([none, np.cumsum(hot, axis=0)])
+    moved, blocks = work[spans[:, 1]] - work[spans[:, 0]], count[spans[:, 1]] - count[spans[:, 0]]
+    worker = ((work[-1] - moved)[:, None] + moved[:, back]).max(2)
+    worker[(blocks[:, back] != blocks[:, None]).any(2)] = np.inf
+    worker[:, 0] = np.inf
+    return worker

@@ -1,18 +1,19 @@
 """Who should own which block: local search from the striped layout, on a smooth version of the two imbalances.
 
-Striped is hard to beat step by step, because a diagonal meets every rank in the same step; what it leaves uneven are the starts of
-sequence and documents, where rows are cheap. So the search starts there and exchanges pairs of blocks between ranks. It minimises
-the sum over steps of the p-norm over ranks, plus a weight times the p-norm of the ranks' totals (p-norms stand for maxima, which
-have plateaus). Candidates come from a second-order model of that objective, evaluated for all pairs of blocks of many pairs of ranks
-at once; the best few are then computed exactly. The block-cost idea is MagiAttention's equal-count, equal-area dispatch
-(https://github.com/SandAI-org/MagiAttention); the step objective and the search are ours.
+Striped is hard to beat step by step, because a diagonal meets every rank in the same step; what it leaves uneven are the
+starts of sequence and documents, where rows are cheap. So the search starts there, rotates ranges of blocks (`rotation`), then
+exchanges pairs of blocks between ranks. It minimises the sum over steps of the p-norm over ranks, plus a weight times the
+p-norm of the ranks' totals (p-norms stand for maxima, which have plateaus). Candidates come from a second-order model of that
+objective, evaluated for all pairs of blocks of many pairs of ranks at once; the best few are then computed exactly. Equal
+counts with equal area is MagiAttention's dispatch (https://github.com/SandAI-org/MagiAttention); the step objective and the
+search are ours.
 
 Pure numpy, no clock, no random numbers: all ranks reach the same answer from the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +21,25 @@ import torch
 from torch import Tensor
 
 from mtrain.balance.forecast import Floats, Forecast, Ints, worker_bound
-from mtrain.balance.ledger import Ledger, dense_tiles, score
-from mtrain.balance.rotation import MOST_BLOCKS, TURNS, find_shifts
+from mtrain.balance.ledger import Ledger, score
+from mtrain.balance.rotation import rotate
 from mtrain.topology import RingTopology
 
-PROMISE, TARGET = 1.02, 1.01  # worker imbalance we promise where it can be had; below the second only the steps matter
+PROMISE = 1.015  # worker imbalance to reach where it can be had: 1.02 less the surprises of a next step
+TARGET = 1.01  # worker imbalance below which only the steps matter; above PROMISE it matters most
+# Shares of striped's step imbalance: kept in hand for the surprises of a next step; looked for in extra time.
+MARGIN, SPARE = 0.01, 0.05
 ENOUGH = 1.002  # a step imbalance not worth improving
 _SHORTLIST = 48  # swaps computed exactly per round
 _BLOCKS = 32  # blocks of a rank looked at per round
+_SMALL = 2**15  # entries of a block-by-rank table up to which extra time is granted
 _PAIRS = 2**15  # size of the table of candidate swaps per round, in features
 _ATTEMPTS = (  # start, power, weight of the totals
-    ("shifted", 8, 4.0),
+    ("rotated", 8, 4.0),
     ("striped", 8, 4.0),
-    ("shifted", 16, 4.0),
+    ("rotated", 16, 4.0),
     ("striped", 8, 1.0),
-    ("shifted", 8, 1.0),
+    ("rotated", 8, 1.0),
     ("striped", 16, 4.0),
 )
 
@@ -65,75 +70,72 @@ def solve(forecast: Forecast, topology: RingTopology, effort: float = 1.0) -> Pl
     Args:
         forecast: the cost model.
         topology: ranks and the order in which they meet.
-        effort: 1.0 is about 35 ms of one core whatever the size; twice the effort searches twice as long.
+        effort: 1.0 is about 40 ms of one core whatever the size, up to four times that for small problems (`_SMALL`) while
+            the promises are not kept with something to spare; twice the effort searches twice as long.
     """
-    striped: tuple[float, float] | None = None
-    for ledger in _descend(forecast, topology, effort):
+    bound, ranks = worker_bound(forecast.cost(), topology.world_size), topology.world_size
+    start = Ledger(forecast, topology)
+    striped = best = start.score()
+    table = start.table.copy()
+
+    def done() -> bool:
+        return best[0] <= max(PROMISE, bound) and best[1] - 1.0 <= (1.0 - SPARE) * (striped[1] - 1.0)
+
+    for ledger in _descend(start, forecast, topology, effort, done):
         worker, step = ledger.score()
-        if striped is None:  # the first one yielded
-            striped = best = (worker, step)
-            table = ledger.table.copy()
         allowed = worker <= striped[0] + 1e-12 and step <= striped[1] + 1e-12
         if allowed and _rating(worker, step) < _rating(*best) - 1e-12:
             best, table = (worker, step), ledger.table.copy()
         if best[1] <= ENOUGH:
             break
-    assert striped is not None
-    ranks = topology.world_size
     owner = np.empty(table.size, dtype=np.int64)
     owner[table] = np.arange(ranks)[:, None]
-    return Plan(torch.from_numpy(owner), *best, *striped, worker_bound(forecast.cost(), ranks))
+    return Plan(torch.from_numpy(owner), *best, *striped, bound)
 
 
 def _rating(worker: Floats | float, step: Floats | float, limits: tuple[float, float] = (np.inf, np.inf)) -> Floats:
-    """What the solver looks for, lower is better: even steps, once no rank is far above the mean and ``limits`` (worker, step) hold."""
-    over = 5.0 * np.maximum(worker - TARGET, 0.0) + 20.0 * np.maximum(worker - PROMISE, 0.0)
+    """Lower is better: even steps, once no rank is far above the mean and ``limits`` (worker, step) hold."""
+    over = 2.0 * np.maximum(worker - TARGET, 0.0) + 23.0 * np.maximum(worker - PROMISE, 0.0)
     excess = np.maximum(worker - limits[0], 0.0) + np.maximum(step - limits[1], 0.0)
     return np.asarray(step + over + 50.0 * excess)
 
 
-def _descend(forecast: Forecast, topology: RingTopology, effort: float) -> Iterator[Ledger]:
-    """Improve the striped layout swap by swap, yielding the books after each; start again another way until the effort is spent."""
-    left = effort * 38e3  # microseconds, as are all the estimates here
-    ledger = Ledger(forecast, topology)
+def _descend(
+    ledger: Ledger, forecast: Forecast, topology: RingTopology, effort: float, done: Callable[[], bool]
+) -> Iterator[Ledger]:
+    """Improve the striped ``ledger`` move by move, yielding the books after each; start again while effort is left.
+
+    The effort is counted in estimated microseconds, so that all ranks stop at the same move; ``done`` ends the extra time.
+    """
     setup = 500 + 0.03 * ledger.by_shard.size * len(ledger.first)
     pairs, blocks = _window(ledger)
     each = 600 + 0.02 * pairs * blocks * (2 * ledger.ranks + blocks)
-    left -= setup
+    left = effort * 36e3 - setup
+    extra = 3 * effort * 36e3 if ledger.by_shard.size <= _SMALL else 0.0
     yield ledger
-    limits, turn = ledger.score(), 0
-    shifts, spent = _shifts(ledger, forecast, limits)
+    worker, step = ledger.score()
+    limits, turn = (worker, step - MARGIN * (step - 1.0)), 0
+    share = 1.0 if extra else 0.6
+    rotated, spent = rotate(ledger, forecast, lambda worker, step: _rating(worker, step, limits), share * left)
     left -= spent
     for start, power, weight in _ATTEMPTS:
-        if start == "shifted" and shifts is None:
+        if start == "rotated" and rotated is None:
             continue
-        if turn or start == "shifted":
-            ledger = Ledger(forecast, topology, shifts if start == "shifted" else None)
+        if left <= (0.0 if done() else -extra):
+            return
+        if turn or start == "rotated":
+            ledger = Ledger(forecast, topology, rotated if start == "rotated" else None)
             left -= setup
             yield ledger
         for objective in (_Objective(power, weight), _Objective(16, weight, limits)):
             swaps = 1
-            while swaps and left > 0:
+            while swaps and left > (0.0 if done() else -extra):
                 swaps = 0
                 for _ in _round(ledger, objective, turn):
                     swaps += 1
                     yield ledger
                 turn += 1
                 left -= each + 120 * swaps
-        if left < 0:
-            return
-
-
-def _shifts(ledger: Ledger, forecast: Forecast, limits: tuple[float, float]) -> tuple[Ints | None, float]:
-    """(shifts of the windows that improve on striped, effort spent); None: there are none, or the problem is too large to look."""
-    if ledger.num_blocks > MOST_BLOCKS or ledger.per_rank < 2:
-        return None, 0.0
-    tiles = dense_tiles(forecast, ledger.ranks) / ledger.unit
-    rounds = 3 if ledger.num_blocks <= MOST_BLOCKS // 2 else 1
-    local = ledger.block_local.reshape(-1, ledger.ranks)
-    shifts = find_shifts(tiles, local, ledger.shard, lambda worker, step: _rating(worker, step, limits), rounds)
-    spent = rounds * (0.04 * tiles.size + 0.01 * min(TURNS, ledger.ranks) * ledger.by_shard.size)
-    return shifts if shifts.any() else None, spent
 
 
 def _round(ledger: Ledger, objective: _Objective, turn: int) -> Iterator[None]:
@@ -161,7 +163,7 @@ def _round(ledger: Ledger, objective: _Objective, turn: int) -> Iterator[None]:
 class _Objective:
     """Sum over steps of the p-norm over ranks + weight * p-norm of the totals.
 
-    With ``limits`` (worker, step), the rating itself, with a penalty above the limits and a trace of the smooth form against plateaus.
+    With ``limits`` (worker, step) it is the rating within these limits, and a trace of the smooth form against plateaus.
     """
 
     power: int
@@ -208,7 +210,7 @@ def _window(ledger: Ledger) -> tuple[int, int]:
 
 
 def _rank_pairs(ledger: Ledger, pressure: Floats, turn: int) -> tuple[Ints, Ints]:
-    """Pairs of ranks worth a look: all of them when few, else the more loaded half against the less loaded half, shifted by turns."""
+    """Pairs of ranks worth a look: all when few, else the more loaded half against the less loaded half, shifted by turns."""
     pairs, _ = _window(ledger)
     if pairs == ledger.ranks * (ledger.ranks - 1) // 2:
         give, take = np.triu_indices(ledger.ranks, 1)

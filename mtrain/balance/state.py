@@ -16,7 +16,8 @@ from mtrain.topology import RingTopology
 class Balancer:
     """Running average of measured costs, and the assignment they call for.
 
-    Every rank must feed the same numbers (measure, then all-reduce) and gets the same assignment. Per optimizer step::
+    Every rank that feeds the same numbers (measure, then all-reduce) gets the same assignment. On hosts whose processors or
+    numpy builds round differently, let one rank solve and broadcast the owners. Per optimizer step::
 
         total = sum(measure(pattern, doc_start) for each layer's pattern)      # all-reduced over data-parallel ranks
         balancer.update(total)

@@ -7,9 +7,9 @@
 - a column j is computed for query block m iff it lies in an earlier block that the block part does not cover for m and head, and
   not before the document of the first row of m; it counts b pairs (all rows of the block against one key).
 
-Everything is summed over batch rows and query heads. A row of padding at the end of the last block counts like a real row; blocks of
-padding count nothing. Along a diagonal nothing depends on the row except where the document begins, so nothing here builds an
-NB x NB mask unless the pattern holds single ``blocks``.
+Everything is summed over batch rows and query heads. A row of padding at the end of the last block counts like a real row;
+blocks of padding count nothing. Along a diagonal nothing depends on the row except where the document begins, so nothing here
+builds an NB x NB mask unless the pattern holds single ``blocks``.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ class Visible:
         return cls(start, start // block)
 
 
-def work(
-    pattern: SparsePattern, layout: RingLayout, topology: RingTopology, doc_start: Tensor | None = None
-) -> Tensor:
+def work(pattern: SparsePattern, layout: RingLayout, topology: RingTopology, doc_start: Tensor | None = None) -> Tensor:
     """Computed tile area of every rank in every ring step.
 
     Args:
@@ -84,9 +82,9 @@ def work(
 def imbalance(work: Tensor) -> tuple[float, float]:
     """(worker, step) imbalance of a work table [W, steps], both >= 1.
 
-    worker = max_r sum_t / mean_r sum_t: what a ring without any waiting inside would lose. step = sum_t max_r / mean_r sum_t: what a
-    ring loses in which every step waits for its slowest rank. The column part is one more (local) step: it adds to the sum of its
-    rank in the first and contributes its own maximum to the second. A table without work is balanced: (1, 1).
+    worker = max_r sum_t / mean_r sum_t: what a ring without any waiting inside would lose. step = sum_t max_r / mean_r sum_t:
+    what a ring loses in which every step waits for its slowest rank. The column part is one more (local) step: it adds to the
+    sum of its rank in the first and contributes its own maximum to the second. A table without work is balanced: (1, 1).
     """
     mean = float(work.sum()) / work.shape[0]
     if mean == 0:
@@ -120,8 +118,8 @@ def measure(pattern: SparsePattern, doc_start: Tensor | None = None) -> Tensor:
     Row 0: tile area per block at each block offset (batch rows and heads that hold the diagonal, times b * b), documents apart.
     Row 1: tile area per query block from single ``blocks`` that lie on no diagonal, per visible key block.
     Row 2: column area per query block, per visible key block.
-    Rows 1 and 2 are rates, so that another batch with other documents can be predicted: visible key blocks of block m are those from
-    the start of its document to m.
+    Rows 1 and 2 are rates, so that another batch with other documents can be predicted: visible key blocks of block m are
+    those from the start of its document to m.
     """
     visible = _visible(pattern, doc_start)
     area = pattern.block**2
@@ -179,7 +177,9 @@ def _tiles_by_shard(pattern: SparsePattern, visible: Visible, owner: Tensor, ran
     shards.scatter_(0, owner[None], 1.0)
     if pattern.blocks is None:
         offsets = _offsets(pattern)
-        rows = [visible_convolution(offsets[i][None, None], shards[:, None], visible.first[i]) for i in range(pattern.batch)]
+        rows = [
+            visible_convolution(offsets[i][None, None], shards[:, None], visible.first[i]) for i in range(pattern.batch)
+        ]
         return torch.stack(rows).sum(0).T
     every = torch.arange(size)
     first = visible.first.to(pattern.device)
@@ -214,7 +214,9 @@ def _columns(pattern: SparsePattern, visible: Visible) -> Tensor:
     table = pattern.offset_table()
     table[:, :, 0] = False  # `seen` ends before the query block itself
     near = table.double()
-    covered = [visible_convolution(near[i][None], held[i, :, :size][None], visible.first[i]) for i in range(pattern.batch)]
+    covered = [
+        visible_convolution(near[i][None], held[i, :, :size][None], visible.first[i]) for i in range(pattern.batch)
+    ]
     # The first visible block counts whole above; its columns before the document were never in `seen`.
     early = (hidden - before(first * b)) * table.gather(2, (row - first)[:, None].expand(-1, pattern.heads, -1))
     return seen - torch.cat(covered) + early.sum(1)

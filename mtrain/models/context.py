@@ -17,6 +17,7 @@ from mtrain.models.statistics import statistics
 from mtrain.patterns import PatternPlan, measure_recall, spaced_rows
 from mtrain.recipe.schema import AttentionRecipe
 from sparse_kernels import SparsePattern
+from sparse_kernels.pattern import upload
 
 # Rows of each head whose recall is measured, spread over the sequence; each costs one dense query row per layer.
 RECALL_ROWS = 64
@@ -196,7 +197,7 @@ class RingContext:
         """int64 [local_len] global positions of this rank's tokens, kept on the device as long as the layout stays."""
         held = self._held_positions
         if held is None or held[0] is not layout or held[1].device != device:
-            held = (layout, layout.positions(self.ring.rank).to(device))
+            held = (layout, upload(layout.positions(self.ring.rank), device))
             self._held_positions = held
             self._checked_positions = False
         return held[1]

@@ -32,7 +32,12 @@ def refuse(config: Any, world_size: int = 1) -> None:
         ModelError: names each layer or config key that is in the way and what to set.
     """
     refuse_family(getattr(config, "model_type", None))
-    problems = [*_layer_problems(config), *_attention_problems(config), *_rope_problems(config, world_size)]
+    problems = [
+        *_head_problems(config),
+        *_layer_problems(config),
+        *_attention_problems(config),
+        *_rope_problems(config, world_size),
+    ]
     if problems:
         raise ModelError(
             f"this {config.model_type} model cannot be trained exactly with sparse ring attention: "
@@ -63,6 +68,23 @@ _WINDOW_ADVICE = (
     'in the recipe, or "sliding_window": null in the config.json of the model'
 )
 _DROPOUT_ADVICE = "block-sparse kernels have no dropout on the probabilities: set attention_dropout to 0.0"
+
+
+def _head_problems(config: Any) -> list[str]:
+    """Head counts that transformers accepts and the first forward trips over."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if min(heads, kv_heads) < 1 or heads % kv_heads:
+        return [
+            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}: set both in model.config (a family "
+            "has a default of its own for the one that is left out)"
+        ]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if head_dim < 2 or head_dim % 2:
+        return [
+            f"head_dim={head_dim}, but rotary positions turn channels in pairs: set an even head_dim, or make hidden_size "
+            f"{config.hidden_size} an even multiple of num_attention_heads {heads}"
+        ]
+    return []
 
 
 def _layer_problems(config: Any) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtrain.errors import MtrainError
+from sparse_kernels.pattern import upload
 
 
 class Budget(Protocol):
@@ -20,6 +21,9 @@ class Budget(Protocol):
 
     def choose_slashes(self, scores: Tensor, heads: Sequence[int]) -> Tensor:
         """bool like ``scores`` [n, S]: the chosen token distances."""
+
+    def check(self, heads: int) -> None:
+        """MtrainError unless the budget fits so many scored heads; every rank checks all of them, so that all stop together."""
 
     def most_columns(self) -> int | None:
         """An upper bound of the columns chosen per head; None when only the sequence bounds them."""
@@ -48,6 +52,9 @@ class Coverage:
         if self.cap is not None and self.cap < max(1, self.floor):
             raise MtrainError(f"coverage cap must be at least 1 and at least the floor ({self.floor}), got {self.cap}")
 
+    def check(self, heads: int) -> None:
+        """See `Budget`."""
+
     def choose_columns(self, scores: Tensor, heads: Sequence[int]) -> Tensor:
         """See `Budget`."""
         return smallest_cover(scores, self.p, self.floor, self.cap)
@@ -72,13 +79,21 @@ class TopK:
         object.__setattr__(self, "columns", _counts("columns", self.columns))
         object.__setattr__(self, "slashes", _counts("slashes", self.slashes))
 
+    def check(self, heads: int) -> None:
+        """See `Budget`."""
+        for name, counts in (("columns", self.columns), ("slashes", self.slashes)):
+            if isinstance(counts, tuple) and len(counts) != heads:
+                raise MtrainError(
+                    f"top-k {name} names {len(counts)} heads, but {heads} are scored; give one count per head"
+                )
+
     def choose_columns(self, scores: Tensor, heads: Sequence[int]) -> Tensor:
         """See `Budget`."""
-        return largest(scores, _per_row("columns", self.columns, heads))
+        return largest(scores, _per_row(self.columns, heads))
 
     def choose_slashes(self, scores: Tensor, heads: Sequence[int]) -> Tensor:
         """See `Budget`."""
-        return largest(scores, _per_row("slashes", self.slashes, heads))
+        return largest(scores, _per_row(self.slashes, heads))
 
     def most_columns(self) -> int | None:
         """See `Budget`."""
@@ -109,7 +124,7 @@ def largest(scores: Tensor, counts: Tensor) -> Tensor:
     """bool like ``scores`` [n, S]: the ``counts`` [n] largest of each row. Equal scores: lower index first."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.arange(scores.shape[-1], device=scores.device)
-    keep = rank < counts.to(scores.device)[:, None]
+    keep = rank < upload(counts, scores.device)[:, None]
     return torch.zeros_like(keep).scatter_(-1, order, keep)
 
 
@@ -121,9 +136,7 @@ def _counts(name: str, given: int | Sequence[int]) -> int | tuple[int, ...]:
     return counts
 
 
-def _per_row(name: str, counts: int | tuple[int, ...], heads: Sequence[int]) -> Tensor:
+def _per_row(counts: int | tuple[int, ...], heads: Sequence[int]) -> Tensor:
     if isinstance(counts, int):
         return torch.full((len(heads),), counts)
-    if heads and max(heads) >= len(counts):
-        raise MtrainError(f"top-k {name} names {len(counts)} heads; the model scores at least {max(heads) + 1}")
     return torch.tensor([counts[head] for head in heads], dtype=torch.int64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtrain.errors import MtrainError
 from mtrain.patterns.placement import Placement
+from sparse_kernels.pattern import upload
 
 # With packed documents the probe rows come from so many of the longest ones.
 PROBED_DOCUMENTS = 4
@@ -123,6 +124,6 @@ def _document_windows(documents: Documents, probe: int) -> tuple[list[int], list
     last, present = documents.last_rows(count)
     # skipped[d][w]: rows that earlier windows take from the same document when d documents share the windows.
     skipped = [[sum(sizes[w % d : w : d]) for w in range(count)] for d in range(1, count + 1)]
-    table = torch.tensor(skipped, device=last.device)[present - 1]
+    table = upload(torch.tensor(skipped), last.device)[present - 1]
     turn = torch.arange(count, device=last.device) % present[:, None]
     return sizes, list((last.gather(1, turn) - table).unbind(1))

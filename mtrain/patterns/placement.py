@@ -10,6 +10,7 @@ from torch import Tensor
 from mtrain.comm import Ring, SingleRing
 from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout
+from sparse_kernels.pattern import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class Placement:
         if self.layout is None:
             return _pick(x, rows)
         home = rows // self.block
-        owner, slot = self.layout.owner.to(rows.device), self.layout.slot.to(rows.device)
+        owner, slot = upload(self.layout.owner, rows.device), upload(self.layout.slot, rows.device)
         picked = _pick(x, slot[home] * self.block + rows % self.block)
         mine = (owner[home] == self.ring.rank).view(*rows.shape, *[1] * (x.dim() - 2))
         return self.ring.all_reduce(picked.masked_fill(~mine, 0))

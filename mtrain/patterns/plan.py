@@ -249,7 +249,9 @@ class PatternPlan:
     ) -> Site:
         """The site of this micro-batch, made when the first layer asks."""
         same = (doc_start, ring, layout)
-        values = (None if doc_start is None else doc_start._version, length, scale)
+        # A tensor made in inference mode has no version.
+        version = None if doc_start is None or doc_start.is_inference() else doc_start._version
+        values = (version, length, scale)
         known = self._site
         if known is None or any(a is not b for a, b in zip(known[0], same, strict=True)) or known[1] != values:
             placement = Placement.of(length, self.recipe.block, ring, layout)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtrain.patterns.documents import Documents, Probes
 from mtrain.patterns.placement import Placement
+from sparse_kernels.pattern import upload
 from sparse_kernels.reference import accumulation_dtype
 
 # Tokens per tile: cache-sized on a CPU, few launches on a GPU. Never derived from the number of ranks.
@@ -125,7 +126,8 @@ class _Pass:
     def partial_scores(self, sums: Tensor, share: bool) -> Tensor:
         """int64 [B, heads, n / b, b + sum of (b + m - 1)]: per key block the column scores, then each window's scores
         by b + m - 1 distances (see `_distances`)."""
-        one = MANTISSA - self.rows.bit_length()
+        summed = self.rows * (self.group if share else 1)  # rows whose scores end in one sum, each of mass 1
+        one = MANTISSA - summed.bit_length()
         unit = 2.0 ** (MANTISSA - self.placement.seq_len.bit_length() + one)
         factor = torch.where(sums > 0, unit / sums.double(), 0.0).to(self.dtype)
         batch, b_len = self.q.shape[0], self.block
@@ -194,7 +196,7 @@ class _Pass:
             ids = self.placement.blocks[first : first + self.tile_blocks]
             # A padding block or key stands behind every row.
             missing = self.tile_blocks - ids.numel()
-            ids = torch.nn.functional.pad(ids, (0, missing), value=self.placement.num_blocks + 1).to(device)
+            ids = upload(torch.nn.functional.pad(ids, (0, missing), value=self.placement.num_blocks + 1), device)
             inside = torch.arange(self.padded_block, device=device)
             position = torch.where(inside < b_len, ids[:, None] * b_len + inside, self.placement.seq_len)[:, None]
             last, start = self.last_key[b][:, None], self.first_key[b][:, None]
@@ -235,11 +237,11 @@ def _collect(partial: Tensor, probes: Probes, placement: Placement, heads: int) 
         flat = torch.nn.functional.pad(flat, (0, 0, 0, 0, 0, per * ring.world_size - total))
         flat = torch.cat(ring.all_to_all(list(flat.split(per))), 1)
     if placement.layout is not None:
-        flat = flat.index_select(1, placement.order.to(flat.device))
+        flat = flat.index_select(1, upload(placement.order, flat.device))
     size = placement.seq_len
     columns = flat[..., :b].flatten(1)[:, :size]
     units = range(ring.rank * per, (ring.rank + 1) * per)
-    row_of = torch.tensor([min(unit // heads, batch - 1) for unit in units], device=flat.device)
+    row_of = upload(torch.tensor([min(unit // heads, batch - 1) for unit in units]), flat.device)
     slashes = torch.zeros_like(columns)
     distance, first = torch.arange(size, device=flat.device), b
     for window, m in enumerate(probes.sizes):

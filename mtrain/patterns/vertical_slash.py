@@ -92,11 +92,12 @@ def select_vertical_slash(
     q, k = q.detach(), k.detach()
     batch, _, heads, head_dim = q.shape
     probes = Probes.place(documents, batch, probe, probe_spread, q.device)
+    scored = k.shape[2] if share else heads
+    budget.check(scored)
     scale = head_dim**-0.5 if scale is None else scale
     # Under a trainer's autocast the scores would silently be bfloat16.
     with torch.autocast(q.device.type, enabled=False):
         scores = probe_scores(q, k, probes, documents, placement, share=share is not None, scale=scale)
-    scored = k.shape[2] if share else heads
     head_of = [unit % scored for unit in scores.units]
     offsets = lower_distances(budget.choose_slashes(scores.slashes, head_of), placement.block)
     mine = Selection(budget.choose_columns(scores.columns, head_of), offsets)

@@ -74,8 +74,11 @@ def measure_all(subjects: Sequence[Subject], exam: Exam, recipe: Recipe, workers
 
 
 def _measure_job(job: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> Result:
+    from transformers.utils.logging import disable_progress_bar
+
     subject, exam, recipe = job
     torch.set_num_threads(1)
+    disable_progress_bar()  # the models are tiny, and several load at a time
     return measure(Subject(**subject), Exam(**exam), recipe_from_dict(recipe))
 
 

@@ -79,7 +79,7 @@ def run_stage(stage: Stage) -> float:
     Raises:
         LaunchError: the command failed; its own message stands above.
     """
-    print(f"\n== {stage.title}\n   mtrain {' '.join(stage.arguments[stage.arguments.index('train') :])}", flush=True)
+    print(f"\n== {stage.title}\n   python {' '.join(stage.arguments)}", flush=True)
     started = time.monotonic()
     status = subprocess.run([sys.executable, *stage.arguments], check=False).returncode
     if status:

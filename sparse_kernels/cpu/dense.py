@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparse_kernels.cpu.flash import flash_backward, flash_forward
-from sparse_kernels.reference import merge_states
+from sparse_kernels.cpu.flash import flash_backward, flash_forward, fold
 from sparse_kernels.view import ShardView
 
 State = tuple[Tensor, Tensor]
@@ -57,9 +56,11 @@ def _calls(view: ShardView) -> Iterator[tuple[slice, slice, bool]]:
     assert view.k_blocks is not None
     block = view.pattern.block
     visible, real = _visible(view)
+    if not real:
+        return  # nothing but padding: torch's operator divides by the number of rows
     if torch.equal(view.q_blocks, view.k_blocks):
         yield slice(0, real * block), slice(0, real * block), True
-    elif real:
+    else:
         for low, high, first, last in rectangles(visible, 0, real, 0):
             yield slice(low * block, high * block), slice(first * block, last * block), False
 
@@ -78,12 +79,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
         out, lse = q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
     else:
         out, lse = carry[0].clone(), carry[1].clone()
+    heads_out = out.transpose(1, 2)
     for rows, keys, causal in _calls(view):
         part, part_lse = flash_forward(
             _heads(q, rows, 1), _heads(k, keys, group), _heads(v, keys, group), None, causal, scale
         )
-        merged = merge_states(out[:, rows], lse[:, :, rows], part.transpose(1, 2), part_lse)
-        out[:, rows], lse[:, :, rows] = merged
+        if carry is not None or not causal:  # else these rows have seen nothing yet
+            part, part_lse = fold(heads_out[:, :, rows], lse[:, :, rows], part, part_lse)
+        heads_out[:, :, rows], lse[:, :, rows] = part, part_lse
     out[:, dead], lse[:, :, dead] = 0.0, -torch.inf
     return out, lse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_kernels.cpu.flash import EMPTY_LSE, flash_backward, flash_forward
+from sparse_kernels.cpu.flash import EMPTY_LSE, flash_backward, flash_forward, fold
 from sparse_kernels.cpu.lists import Chunk, Geometry, ListPlan
 from sparse_kernels.reference import merge_states
 from sparse_kernels.view import ShardView
@@ -102,10 +102,8 @@ def _chunk_forward(
         new, new_lse = new.masked_fill(empty[..., None], 0.0), new_lse.masked_fill(empty, -torch.inf)
     flat_out, flat_lse = out.view(-1, g.head_dim), lse.view(-1, g.block)
     if not fresh:
-        old_lse = flat_lse.index_select(0, chunk.items)
-        share = torch.sigmoid((new_lse - old_lse).nan_to_num_())  # NaN: both sides empty, any share of 0 and 0 is 0
-        new = torch.lerp(flat_out.index_select(0, rows).view_as(new), new, share[..., None])
-        new_lse = torch.logaddexp(old_lse, new_lse)
+        old, old_lse = flat_out.index_select(0, rows).view_as(new), flat_lse.index_select(0, chunk.items)
+        new, new_lse = fold(old, old_lse, new, new_lse)
     flat_out.index_copy_(0, rows, new.view(-1, g.head_dim))
     flat_lse.index_copy_(0, chunk.items, new_lse)
 

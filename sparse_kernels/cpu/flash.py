@@ -72,6 +72,15 @@ def flash_backward(
     return call(dout, q, k, v, out, lse, mask, causal, scale)
 
 
+def fold(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_states` for one layout, out [..., D] and lse [...], with one pass over out: the share of the new part is a sigmoid.
+
+    lse = -inf marks an empty side. Where both are empty, any share of 0 and 0 is 0.
+    """
+    share = torch.sigmoid((new_lse - lse).nan_to_num_())
+    return torch.lerp(out, new, share[..., None]), torch.logaddexp(lse, new_lse)
+
+
 def _operator_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,11 @@ class Geometry:
     itemsize: int
 
     @property
+    def row_dtype(self) -> torch.dtype:
+        """Of key rows: int32 halves the index, unless B * R * K does not fit."""
+        return torch.int32 if self.batch * self.key_rows * self.kv_heads < 2**31 else torch.int64
+
+    @property
     def token_budget(self) -> int:
         """Most list entries held at once: as many bytes as q has, so that the index stays O(S)."""
         return max(
@@ -57,7 +62,7 @@ class Chunk:
 
     items: int64 [N] item numbers.
     query_rows: int64 [N * b] rows of their queries in q seen as [B * nq * b * H, D].
-    rows: int32 [N, n] key rows; entries beyond the length of a list repeat its first row.
+    rows: int32 or int64 [N, n] key rows; entries beyond the length of a list repeat its first row.
     lengths: int64 [N] list lengths; None when every list has n entries.
     bounded: some key of some item is outside the bounds (causal, document) of some of its query rows.
     """
@@ -112,12 +117,13 @@ class ListPlan:
         assert columns is not None
         per_block = self.geometry.batch * self.geometry.heads * (keys + columns.shape[2])
         step = max(1, SELECTION_ENTRIES // per_block)
-        kept: list[Chunk] | None = [] if step >= number else None
-        for low in range(0, number, step):
-            for panel in self._panels(low, min(low + step, number)):
-                kept = panel if kept == [] else None
-                yield from panel
-        self._kept = kept
+        panels = (p for low in range(0, number, step) for p in self._panels(low, min(low + step, number)))
+        panel, num_panels = [], 0
+        for panel in panels:
+            num_panels += 1
+            yield from panel
+        if num_panels == 1:
+            self._kept = panel
 
     def bounded_diagonal(self) -> Tensor | None:
         """bool [B, nq]: query blocks in which a document starts, so that their diagonal tile is listed and not causal."""
@@ -274,21 +280,21 @@ class ListPlan:
         return chunks
 
     def _write_rows(self, selection: _Selection, base: Tensor, total: int) -> Tensor:
-        """int32 [total]: tile tokens, then columns, of every list, starting at ``base`` [items of the panel]."""
-        g = self.geometry
-        rows = torch.zeros(total, dtype=torch.int32)
-        kv_head = torch.arange(g.heads, dtype=torch.int32) // (g.heads // g.kv_heads)
-        origin = torch.arange(g.batch, dtype=torch.int32)[:, None] * (g.key_rows * g.kv_heads) + kv_head  # [B, H]
+        """[total]: tile tokens, then columns, of every list, starting at ``base`` [items of the panel]."""
+        g, dtype = self.geometry, self.geometry.row_dtype
+        rows = torch.zeros(total, dtype=dtype)
+        kv_head = torch.arange(g.heads, dtype=dtype) // (g.heads // g.kv_heads)
+        origin = torch.arange(g.batch, dtype=dtype)[:, None] * (g.key_rows * g.kv_heads) + kv_head  # [B, H]
         tile_count, column_count = selection.tiles.sum(-1).flatten(), selection.columns.sum(-1).flatten()
-        step = torch.arange(g.block, dtype=torch.int32)
+        step = torch.arange(g.block, dtype=dtype)
         if selection.tiles.shape[3]:
-            tile = torch.arange(selection.tiles.shape[3], dtype=torch.int32) * (g.block * g.kv_heads)
+            tile = torch.arange(selection.tiles.shape[3], dtype=dtype) * (g.block * g.kv_heads)
             value = (origin[:, :, None, None] + tile).expand(selection.tiles.shape)[selection.tiles]
             before = tile_count.cumsum(0) - tile_count
             place = (base - before * g.block).repeat_interleave(tile_count) + torch.arange(len(value)) * g.block
             rows[place[:, None] + step] = value[:, None] + step * g.kv_heads
         if selection.columns.shape[3]:
-            column = (origin[:, :, None] + selection.column_rows * g.kv_heads).int()
+            column = (origin[:, :, None] + selection.column_rows * g.kv_heads).to(dtype)
             value = column[:, :, None].expand(selection.columns.shape)[selection.columns]
             before = column_count.cumsum(0) - column_count
             place = (base + tile_count * g.block - before).repeat_interleave(column_count) + torch.arange(len(value))

@@ -25,14 +25,14 @@ from mtrain.verify.exactness import (
     make_problem,
     run_on,
 )
-from sparse_kernels import SparsePattern, reference_attention
+from sparse_kernels import ShardView, SparsePattern, reference_attention
 
 
 @pytest.mark.parametrize(("pattern", "layout"), list(product(PATTERNS, LAYOUTS)))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_exactness_matrix(pattern, layout, dtype):
     cases = [case for case in covering_cases(dtype) if (case.pattern, case.layout) == (pattern, layout)]
-    assert len(cases) == 14
+    assert len(cases) >= 28 and {case.backend for case in cases} == {"cpu", "reference"}
     for case in cases:
         errors = check_case(case)
         assert max(errors.values()) <= case.tolerance, (case, errors)
@@ -54,7 +54,7 @@ def _process(rank: int, path: str, topology: RingTopology, cases: list[Case], re
 @pytest.mark.parametrize("outer_inner", [(1, 2), (1, 3), (2, 2)])
 def test_exact_over_real_processes(outer_inner, tmp_path):
     cases = [
-        Case(pattern, layout, schedule, outer_inner, packed=schedule == "ring", group=4, backend="reference")
+        Case(pattern, layout, schedule, outer_inner, packed=schedule == "ring", group=4, backend="cpu")
         for pattern, layout, schedule in product(
             ("vertical_slash", "random"), ("striped", "zigzag"), ("ring", "gather")
         )
@@ -162,6 +162,47 @@ def test_bfloat16_is_as_good_as_a_dense_bfloat16_run(backend):
         assert error.mean() <= 1.2 * allowed.mean(), name
 
 
+def test_the_matrix_is_about_sparse_patterns():
+    """A pattern that selects nearly everything would prove nothing."""
+    for pattern, packed in product(PATTERNS, (False, True)):
+        problem = make_problem(pattern, packed, 4, torch.float64)
+        offsets = problem.pattern.offset_table().float().mean()
+        density = problem.pattern.density(problem.doc_start).max()
+        assert (density == 1 and offsets == 1) if pattern == "dense" else (density < 0.9 and offsets < 0.5), pattern
+
+
+@pytest.mark.parametrize("schedule", ["ring", "gather"])
+def test_autocast_changes_nothing_and_second_derivatives_are_refused(schedule):
+    problem = make_problem("random", True, 4, torch.float32)
+    layout = RingLayout.build("striped", problem.pattern.seq_len, 2, problem.pattern.block)
+
+    def work(ring):
+        leaves = [layout.shard(t, ring.rank, 1).float().requires_grad_() for t in (problem.q, problem.k, problem.v)]
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = ring_attention(
+                    *leaves, problem.pattern, ring=ring, layout=layout, schedule=schedule, backend="reference"
+                )
+                slopes = torch.autograd.grad(out.square().sum(), leaves, create_graph=enabled)
+                results.append([out.detach(), *(t.detach() for t in slopes)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            slopes[0].sum().backward()
+
+    run_ranks(work, inner=2)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "gather"])
+def test_the_backward_gets_the_views_of_the_forward(schedule, monkeypatch):
+    """Backends keep prepared index lists on a view, so a new one in the backward would prepare them again."""
+    made = []
+    monkeypatch.setattr("mtrain.attention.ShardView", lambda *args, **keys: made.append(1) or ShardView(*args, **keys))
+    check_case(Case("random", "striped", schedule, (1, 2), True, 4, "cpu"))
+    per_rank = 3 if schedule == "ring" else 1  # two shards and the columns, or everything at once
+    assert len(made) == 2 * per_rank
+
+
 def test_no_document_sees_another_one():
     """Changing one token of document A changes no output and no gradient of document B, bit for bit."""
     problem = make_problem("vertical_slash", True, 4, torch.float64)
@@ -226,6 +267,8 @@ def test_one_rank_stays_sparse():
         ({"k": torch.zeros(2, 152, 3, 8), "v": torch.zeros(2, 152, 3, 8)}, "num_kv_heads dividing 4"),
         ({"doc_start": torch.zeros(2, 149, dtype=torch.int64)}, r"expected this rank's shard \[2, 152\]"),
         ({"backend": "warp"}, "unknown attention backend 'warp'"),
+        ({"q": torch.zeros(152, 4, 8)}, "q, k, v have 3, 4, 4 dimensions"),
+        ({"scale": 0.0}, "scale .* must be above 0"),
     ],
 )
 def test_bad_calls_are_refused(change, message):

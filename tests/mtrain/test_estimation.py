@@ -13,6 +13,10 @@ from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout, padded_blocks
 from mtrain.patterns import Coverage, TopK, estimate_vertical_slash, measure_recall
 from mtrain.patterns import scores as scores_module
+from mtrain.patterns.budget import smallest_cover
+from mtrain.patterns.documents import Documents, Probes
+from mtrain.patterns.placement import Placement
+from mtrain.patterns.scores import probe_scores
 from mtrain.topology import RingTopology
 from sparse_kernels import SparsePattern
 from tests.mtrain.processes import run_processes
@@ -199,8 +203,10 @@ def test_counts_may_differ_by_head() -> None:
     q, k = make(64, 3, 3)
     pattern = estimate_vertical_slash(q, k, budget=TopK([0, 5, 64], [1, 2, 3]), block=4)
     assert [len(head) for head in as_lists(pattern)[0][0]] == [0, 5, 64]
-    with pytest.raises(MtrainError, match="names 2 heads"):
+    with pytest.raises(MtrainError, match="columns names 2 heads, but 3 are scored"):
         estimate_vertical_slash(q, k, budget=TopK([1, 2], 1), block=4)
+    with pytest.raises(MtrainError, match="slashes names 4 heads, but 2 are scored"):
+        estimate_vertical_slash(*make(64, 4, 2), budget=TopK(1, [1] * 4), block=4, share="kv_head")
 
 
 def test_large_logits_and_half_precision_stay_finite() -> None:
@@ -371,3 +377,17 @@ def test_bad_calls_say_what_is_wrong() -> None:
             estimate_vertical_slash(q, k, **options)
     with pytest.raises(MtrainError, match="num_kv_heads dividing heads"):
         estimate_vertical_slash(q[:, :, :3], k, **good)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_sums_of_scores_stay_exact_in_float64(share: bool) -> None:
+    """Seven heads of 127 probe rows each: full coverage keeps every key that has a score and no other."""
+    q, k = make(200, 7, 1, seed=1)
+    q, k = q * 3, k * 3
+    placement, documents = Placement.of(200, 8, None, None), Documents(200)
+    probes = Probes.place(documents, 1, 127, 0, q.device)
+    scores = probe_scores(q, k, probes, documents, placement, share=share, scale=8**-0.5)
+    for found in (scores.columns, scores.slashes):
+        assert int(found.sum(-1).max()) <= 2**53
+        assert torch.equal(smallest_cover(found, 1.0), found > 0)
+        assert not bool((found > 0).all())

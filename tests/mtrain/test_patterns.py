@@ -355,6 +355,16 @@ def test_other_lengths_other_batches_and_evaluation_leave_what_is_kept_alone() -
     assert looking.state_dict() == {}
 
 
+def test_a_plan_works_in_inference_mode() -> None:
+    q, k = random_qk(70)
+    with torch.inference_mode():
+        doc_start = random_documents(1, 70, 1)
+        plan = PatternPlan(recipe(), 2)
+        assert all(same(plan.index(layer, q, k, doc_start=doc_start), estimated(q, k, doc_start)) for layer in range(2))
+        other = random_documents(1, 70, 2)
+        assert same(plan.index(0, q, k, doc_start=other), estimated(q, k, other))
+
+
 def test_bad_plans_and_states() -> None:
     plan = PatternPlan(recipe(refresh="frozen"), 1)
     with pytest.raises(CheckpointError, match="expected LAYER"):

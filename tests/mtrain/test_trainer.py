@@ -131,6 +131,27 @@ def test_stopping_and_resuming_changes_nothing_at_all(tmp_path, changes):
     assert third["resumed_from"] == 6 and third["loss"] is None and losses(tmp_path, "halves") == whole
 
 
+def test_every_step_is_in_the_record_also_when_the_run_is_stopped_between_two_lines(tmp_path):
+    """The losses of lines that cover several steps, times their steps, add up to those of a run that logs every step."""
+    train(tiny_recipe(tmp_path, "each"))
+    train(tiny_recipe(tmp_path, checkpoint__stop_after=3, log__every=10))
+    train(tiny_recipe(tmp_path, log__every=10))
+    each, lines = losses(tmp_path, "each"), read_lines(tmp_path / "run" / "run.jsonl")
+    assert [line["step"] for line in lines] == [1, 3, 6]
+    targets = [line["targets"] for line in read_lines(tmp_path / "each" / "run.jsonl")]
+    for line, first, last in zip(lines, (0, 1, 3), (1, 3, 6), strict=True):
+        total = sum(loss * count for loss, count in zip(each[first:last], targets[first:last], strict=True))
+        assert line["loss"] == pytest.approx(total / sum(targets[first:last]), rel=1e-5)
+
+
+def test_a_position_limit_below_the_rows_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(tiny_recipe(tmp_path, train__steps=1))
+        assert "max_position_embeddings" not in caplog.text
+        train(tiny_recipe(tmp_path, "short", train__steps=1, model__max_position_embeddings=99))
+    assert "max_position_embeddings 99 is below train.seq_len 100" in caplog.text
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_stops(tmp_path, monkeypatch, number):
     original = Stepper.__call__
@@ -152,14 +173,19 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, monkeypatch, number):
 
 
 def test_the_echo_of_a_signal_is_ignored_a_later_one_is_not():
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
-        stop.echo_s = -1.0
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts background jobs with SIGINT ignored; here it is what a terminal would find.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 1)  # handlers run between bytecodes
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked
+            stop.echo_s = -1.0
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                signal.sigtimedwait([], 1)  # handlers run between bytecodes
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_output_that_cannot_be_written_ends_the_run_before_it_starts(tmp_path):
@@ -358,7 +384,7 @@ def test_run_file_forgets_an_abandoned_future_and_half_a_line(tmp_path):
     keep_lines_until(path, 3)
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="run.jsonl:2: not JSON"):
+    with pytest.raises(MtrainError, match="run.jsonl:2: not JSON"):
         read_lines(path)
 
 

@@ -42,6 +42,38 @@ def test_inputs_that_do_not_fit_the_pattern() -> None:
         sparse_attention(q, torch.zeros(1, 10, 3, 8), torch.zeros(1, 10, 3, 8), pattern)
     with pytest.raises(ValueError, match="must both be"):
         sparse_attention(q, k, k[..., :4], pattern)
+    with pytest.raises(ValueError, match="q, k, v have 3, 4, 4 dimensions"):
+        sparse_attention(q[0], k, k, pattern)
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="scale .* must be above 0"):
+            sparse_attention(q, k, k, pattern, scale=scale)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    """Forward and backward under bfloat16 autocast: bit for bit those of float32."""
+    pattern = SparsePattern(10, 4, columns=torch.tensor([[[0, 3, 10]] * 4], dtype=torch.int32))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 10, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = sparse_attention(q, k, v, pattern, backend=backend)
+            assert isinstance(out, torch.Tensor)
+            results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
+    assert results[1][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_second_derivatives_are_refused(backend: str) -> None:
+    pattern = SparsePattern.dense(1, 2, 7, 4)
+    q = torch.randn(1, 7, 2, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = sparse_attention(q, q, q, pattern, backend=backend)
+    assert isinstance(out, torch.Tensor)
+    (slope,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
 
 
 def test_lse_comes_on_request() -> None:

@@ -324,6 +324,20 @@ def test_a_view_without_any_pair_changes_nothing() -> None:
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("against_itself", [True, False])
+def test_a_shard_of_nothing_but_padding(full: bool, against_itself: bool) -> None:
+    """A short sequence on many ranks leaves some of them without a real block (torch's operator would divide by zero)."""
+    pattern = SparsePattern.dense(1, 2, 20, 8)
+    if not full:
+        pattern = SparsePattern(20, 8, diagonals=pattern.diagonals)
+    view = ShardView(pattern, torch.tensor([4, 5]), k_blocks=torch.tensor([4, 5] if against_itself else [0, 1]))
+    q, k, v, dout = torch.randn(4, 1, 16, 2, 8, dtype=torch.float64)
+    out, lse = CpuBackend().forward(q, k, v, view, 0.3)
+    assert not out.any() and bool((lse == -torch.inf).all())
+    assert not any(grad.any() for grad in CpuBackend().backward(dout, q, k, v, out, lse, view, 0.3))
+
+
 def test_rows_without_keys_anywhere() -> None:
     """No carry, no keys: out 0, lse -inf, and gradients exactly zero when that lse comes back."""
     case = make_case(14, 64, 8, columns=12, documents=0.2)

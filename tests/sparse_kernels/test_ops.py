@@ -23,10 +23,8 @@ def case(seq_len: int = 29, block: int = 8, blocks: bool = False, dtype: torch.d
     g = torch.Generator().manual_seed(seq_len)
     q = torch.randn(2, seq_len, 4, 8, generator=g).to(dtype).requires_grad_()
     k, v = (torch.randn(2, seq_len, 2, 8, generator=g).to(dtype).requires_grad_() for _ in range(2))
-    columns = torch.full((2, 4, 5), seq_len, dtype=torch.int32)
-    columns[:, :, :3] = torch.randint(seq_len, (2, 4, 3), generator=g).int().sort(-1).values
-    columns[:, :, 1] = columns[:, :, 0] + 1
-    columns = columns.sort(-1).values.clamp(max=seq_len)
+    columns = torch.rand(2, 4, seq_len, generator=g).argsort(-1)[..., :3].int().sort(-1).values
+    columns = torch.nn.functional.pad(columns, (0, 2), value=seq_len)
     diagonals = torch.tensor([0, 2, -1], dtype=torch.int32).expand(2, 4, 3).contiguous()
     number = -(-seq_len // block)
     extra = torch.rand(2, 4, number, number, generator=g) < 0.3 if blocks else None
@@ -140,7 +138,7 @@ def test_forward_and_backward_share_a_view_that_dies_with_its_pattern(monkeypatc
     # Other documents or changed lists are another view.
     starts = torch.zeros(2, 24, dtype=torch.int64)
     sparse_attention(q, k, v, pattern, doc_start=starts, backend="cpu")
-    pattern.diagonals[:, :, 1] = 1
+    pattern.diagonals[:, :, 1] = 1  # in place
     found = sparse_attention(q, k, v, pattern, doc_start=starts, backend="cpu")
     torch.testing.assert_close(found, sparse_attention(q, k, v, pattern, backend="reference"), rtol=0, atol=1e-5)
     assert len({id(view) for view in views}) == 3

@@ -98,6 +98,10 @@ def test_select_is_a_slice_of_the_heads() -> None:
         ({"seq_len": 8, "block": 4, "blocks": torch.zeros(1, 2, 3, 3, dtype=torch.bool)}, "expected .1, 2, 2, 2."),
         ({"seq_len": 8, "block": 4, "diagonals": torch.tensor([[[1, -1]]])}, "offset 0"),
         ({"seq_len": 8, "block": 4, "diagonals": torch.zeros(1, 1, 0)}, "offset 0"),
+        ({"seq_len": 8, "block": 4, "columns": torch.tensor([[[1, 3, 8], [3, 1, 8]]])}, "ascending"),
+        ({"seq_len": 8, "block": 4, "columns": torch.tensor([[[3, 3]]])}, "without repeats"),
+        ({"seq_len": 8, "block": 4, "columns": torch.tensor([[[3, 8, 5]]])}, "padded at the end with seq_len=8"),
+        ({"seq_len": 8, "block": 4, "columns": torch.tensor([[[-1, 3]]])}, "positions from 0"),
     ],
 )
 def test_bad_patterns_say_what_is_wrong(arguments: dict, message: str) -> None:
