@@ -14,8 +14,9 @@ from sparse_kernels.gpu.structured import (
     key_gradient,
     load_lse2,
     load_rows,
+    load_tile,
     row_gradient,
-    store_rows,
+    store_tile,
     tile_keep,
 )
 
@@ -46,10 +47,10 @@ def gradient_of_rows(
         entry = tl.load(entries + step // (PB // BN))
         k_slot = entry if LISTED else q_slot - entry
         k_inner = (step % (PB // BN)) * BN + key
-        k_rows = k_slot.to(tl.int64) * PB + k_inner
+        k_first = k_slot.to(tl.int64) * PB
         live = k_inner < seq_len - q_id * PB
-        keys = load_rows(k, k_rows, k_row, live, D, DP, CAUSAL, UPCAST)
-        values = load_rows(v, k_rows, v_row, live, D, DP, CAUSAL, UPCAST)
+        keys = load_tile(k, k_first, k_inner, k_row, live, D, DP, CAUSAL, UPCAST)
+        values = load_tile(v, k_first, k_inner, v_row, live, D, DP, CAUSAL, UPCAST)
         keep = live
         if MASKED:
             keep = tile_keep(q_id, k_ids, k_slot, k_inner, position, doc, CAUSAL, HAS_DOCS, PB)
@@ -76,19 +77,19 @@ def dq_kernel(
     bh = batch * num_heads + head
     index = bh * q_blocks + q_slot
     inner = q_sub * BM + tl.arange(0, BM)
-    rows = q_slot.to(tl.int64) * PB + inner
+    first = q_slot.to(tl.int64) * PB
     position = q_id * PB + inner
     total_rows = q_blocks * PB
 
-    queries = load_rows(q + batch * q_batch + head * q_head, rows, q_row, rows, D, DP, False, UPCAST)
-    grads = load_rows(dout + batch * dout_batch + head * dout_head, rows, dout_row, rows, D, DP, False, UPCAST)
-    lse2 = load_lse2(lse, bh * total_rows + rows)
-    row_delta = tl.load(delta + bh * total_rows + rows)
+    queries = load_tile(q + batch * q_batch + head * q_head, first, inner, q_row, inner, D, DP, False, UPCAST)
+    grads = load_tile(dout + batch * dout_batch + head * dout_head, first, inner, dout_row, inner, D, DP, False, UPCAST)
+    lse2 = load_lse2(lse, bh * total_rows + first + inner)
+    row_delta = tl.load(delta + bh * total_rows + first + inner)
     k += batch * k_batch + (head // G) * k_head
     v += batch * v_batch + (head // G) * v_head
     doc = position
     if HAS_DOCS:
-        doc = tl.load(doc_start + batch * total_rows + rows)
+        doc = tl.load(doc_start + batch * total_rows + first + inner)
     acc = tl.zeros((BM, DP), tl.float32)
 
     if HAS_TILES:
@@ -122,7 +123,7 @@ def dq_kernel(
             acc = row_gradient(acc, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)
 
     acc = tl.where((position < seq_len)[:, None], acc * scale, 0.0)
-    store_rows(dq + (batch * total_rows * num_heads + head) * D, rows, num_heads * D, acc, D, DP)
+    store_tile(dq + (batch * total_rows * num_heads + head) * D, first, inner, num_heads * D, acc, D, DP)
 
 
 @triton.jit
@@ -139,10 +140,11 @@ def gradient_of_keys(
         entry = tl.load(entries + step // subs)
         q_slot = entry if LISTED else k_slot + entry
         q_inner = (first_sub + step % subs) * BM + inner
-        rows = q_slot.to(tl.int64) * PB + q_inner
-        queries = load_rows(q, rows, q_row, rows, D, DP, False, UPCAST)
-        grads = load_rows(dout, rows, dout_row, rows, D, DP, False, UPCAST)
-        keep = rows >= 0
+        first = q_slot.to(tl.int64) * PB
+        rows = first + q_inner
+        queries = load_tile(q, first, q_inner, q_row, q_inner, D, DP, False, UPCAST)
+        grads = load_tile(dout, first, q_inner, dout_row, q_inner, D, DP, False, UPCAST)
+        keep = q_inner >= 0
         if MASKED:
             keep = k_position[:, None] >= 0
             if CAUSAL:
@@ -170,11 +172,11 @@ def dkdv_kernel(
     k_slot, k_sub = pid // (PB // BN), pid % (PB // BN)
     k_id = tl.load(k_ids + k_slot)
     k_inner = k_sub * BN + tl.arange(0, BN)
-    k_rows = k_slot.to(tl.int64) * PB + k_inner
+    k_first = k_slot.to(tl.int64) * PB
     k_position = k_id * PB + k_inner
     live = k_position < seq_len
-    keys = load_rows(k + batch * k_batch + kv_head * k_head, k_rows, k_row, live, D, DP, True, UPCAST)
-    values = load_rows(v + batch * v_batch + kv_head * v_head, k_rows, v_row, live, D, DP, True, UPCAST)
+    keys = load_tile(k + batch * k_batch + kv_head * k_head, k_first, k_inner, k_row, live, D, DP, True, UPCAST)
+    values = load_tile(v + batch * v_batch + kv_head * v_head, k_first, k_inner, v_row, live, D, DP, True, UPCAST)
     acc_k = tl.zeros((BN, DP), tl.float32)
     acc_v = tl.zeros((BN, DP), tl.float32)
     total_rows = q_blocks * PB
@@ -205,5 +207,5 @@ def dkdv_kernel(
                 False, True, HAS_DOCS, D, DP, PB, BM, LISTED, UPCAST, PRECISION)  # fmt: skip
     kv_heads = num_heads // G
     first = (batch * k_blocks * PB * kv_heads + kv_head) * D
-    store_rows(dk + first, k_rows, kv_heads * D, acc_k * scale, D, DP)
-    store_rows(dv + first, k_rows, kv_heads * D, acc_v, D, DP)
+    store_tile(dk + first, k_first, k_inner, kv_heads * D, acc_k * scale, D, DP)
+    store_tile(dv + first, k_first, k_inner, kv_heads * D, acc_v, D, DP)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_kernels.gpu.structured import key_gradient, load_lse2, load_rows
+from sparse_kernels.gpu.structured import key_gradient, load_lse2, load_rows, load_tile
 
 
 @triton.jit(do_not_specialize=["q_blocks", "num_columns", "num_blocks", "splits"])
@@ -54,9 +54,10 @@ def column_kernel(
     inner = tl.arange(0, BM)
     for step in range(low * (PB // BM), high * (PB // BM)):
         q_slot, q_id = tl.load(order + step // (PB // BM)), tl.load(ordered_ids + step // (PB // BM))
-        rows = q_slot.to(tl.int64) * PB + (step % (PB // BM)) * BM + inner
-        queries = load_rows(q, rows, q_row, rows, D, DP, False, UPCAST)
-        grads = load_rows(dout, rows, dout_row, rows, D, DP, False, UPCAST)
+        first = q_slot.to(tl.int64) * PB + (step % (PB // BM)) * BM
+        rows = first + inner
+        queries = load_tile(q, first, inner, q_row, inner, D, DP, False, UPCAST)
+        grads = load_tile(dout, first, inner, dout_row, inner, D, DP, False, UPCAST)
         offset = q_id - home
         keep = (lane < count) & (offset > 0)
         keep = (keep & (tl.load(covered + tl.maximum(offset, 0)) == 0))[:, None]
@@ -66,9 +67,9 @@ def column_kernel(
         acc_k, acc_v = key_gradient(
             acc_k, acc_v, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)  # fmt: skip
     # Every lane has its own place: those beyond the count lie in the padding of the list.
-    first = (split * tl.num_programs(2).to(tl.int64) * num_heads + bh) * num_columns * D
+    base = (split * tl.num_programs(2).to(tl.int64) * num_heads + bh) * num_columns * D
     d = tl.arange(0, DP)
-    place = first + lane.to(tl.int64)[:, None] * D + d[None, :]
+    place = base + lane.to(tl.int64)[:, None] * D + d[None, :]
     inside = (lane < count)[:, None] & (d < D)[None, :]
     tl.store(part_k + place, acc_k, mask=inside)
     tl.store(part_v + place, acc_v, mask=inside)

@@ -17,6 +17,8 @@ from sparse_kernels.gpu.config import Tile, padded_head_dim, tile_for
 from sparse_kernels.gpu.index import DeviceIndex
 from sparse_kernels.view import ShardView
 
+FOLD_ROWS = 16
+MAX_ROW_STRIDE = 1 << 24
 LOG2E = 1.4426950408889634
 # Programs that the column gradient aims at, so that a short list still fills a device; a constant, so that the order of
 # additions is the same on every device.
@@ -225,8 +227,8 @@ def _column_gradient(
     )  # fmt: skip
     for member in range(call.group):
         start(
-            kernels_columns.fold_kernel, (tiles, call.kv_heads, call.batch), part_k=parts[0], part_v=parts[1], dk=dk, dv=dv, member=member, key_rows=call.key_rows, scale=scale,
-            **shared, G=call.group, D=call.head_dim, DP=padded_head_dim(call.head_dim), BN=tile.n,
+            kernels_columns.fold_kernel, (-(-slots // FOLD_ROWS), call.kv_heads, call.batch), part_k=parts[0], part_v=parts[1], dk=dk, dv=dv, member=member, key_rows=call.key_rows, scale=scale,
+            **shared, G=call.group, D=call.head_dim, DP=padded_head_dim(call.head_dim), BN=FOLD_ROWS,
         )  # fmt: skip
 
 
@@ -243,8 +245,8 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _rows_last(x: Tensor) -> Tensor:
-    """Kernels need neighbouring numbers of a head side by side; any other strides are fine."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    """Kernels need the numbers of a head side by side, and offsets within a tile that fit 32 bits; else any strides will do."""
+    return x if x.stride(3) == 1 and x.stride(1) < MAX_ROW_STRIDE else x.contiguous()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -19,12 +19,27 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(base, rows, stride, live, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
-    """A tile [rows, DP]. Offsets are 64-bit: 4096 numbers per token overflow 32 bits at 524,288 tokens."""
+    """A tile [rows, DP] of rows anywhere."""
     d = tl.arange(0, DP)
-    address = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    return load_at(base + rows.to(tl.int64)[:, None] * stride + d[None, :], live, d, D, DP, MASKED, UPCAST)
+
+
+@triton.jit
+def load_tile(
+    base, first, inner, stride, live, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """A tile [rows, DP] of rows ``first + inner``: a 64-bit scalar plus 32-bit offsets, which take half the registers.
+
+    4096 numbers per token overflow 32 bits at 524,288 tokens, so ``first`` is 64-bit before it meets the stride.
+    """
+    d = tl.arange(0, DP)
+    return load_at(base + first * stride + inner[:, None] * stride + d[None, :], live, d, D, DP, MASKED, UPCAST)
+
+
+@triton.jit
+def load_at(address, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
     if MASKED:
-        keep = live[:, None] & (d[None, :] < D)
-        tile = tl.load(address, mask=keep, other=0.0)
+        tile = tl.load(address, mask=live[:, None] & (d[None, :] < D), other=0.0)
     elif D != DP:
         tile = tl.load(address, mask=d[None, :] < D, other=0.0)
     else:
@@ -35,9 +50,9 @@ def load_rows(base, rows, stride, live, D: tl.constexpr, DP: tl.constexpr, MASKE
 
 
 @triton.jit
-def store_rows(base, rows, stride, tile, D: tl.constexpr, DP: tl.constexpr):
+def store_tile(base, first, inner, stride, tile, D: tl.constexpr, DP: tl.constexpr):
     d = tl.arange(0, DP)
-    address = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    address = base + first * stride + inner[:, None] * stride + d[None, :]
     if D != DP:
         tl.store(address, tile, mask=d[None, :] < D)
     else:
@@ -64,9 +79,10 @@ def attend(acc, total, high, q, k, v, scale2, keep, MASKED: tl.constexpr, PRECIS
 @triton.jit
 def row_gradient(dq, q, k, v, dout, lse2, delta, scale2, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Adds dS @ K of one tile to dq (the scale comes at the end)."""
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - lse2[:, None])
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
-        p = tl.where(keep, p, 0.0)
+        scores = tl.where(keep, scores, -float("inf"))
+    p = tl.exp2(scores * scale2 - lse2[:, None])
     ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -74,9 +90,10 @@ def row_gradient(dq, q, k, v, dout, lse2, delta, scale2, keep, MASKED: tl.conste
 @triton.jit
 def key_gradient(dk, dv, q, k, v, dout, lse2, delta, scale2, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Adds dS^T @ Q and P^T @ dO of one tile, scores held as [keys, queries]."""
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2 - lse2[None, :])
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if MASKED:
-        p = tl.where(keep, p, 0.0)
+        scores = tl.where(keep, scores, -float("inf"))
+    p = tl.exp2(scores * scale2 - lse2[None, :])
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -126,10 +143,10 @@ def attend_tiles(
         entry = tl.load(entries + step // (PB // BN))
         k_slot = entry if LISTED else q_slot - entry
         k_inner = (step % (PB // BN)) * BN + key
-        k_rows = k_slot.to(tl.int64) * PB + k_inner
+        k_first = k_slot.to(tl.int64) * PB
         live = k_inner < seq_len - q_id * PB  # asked for the diagonal tile only, which may hold padding
-        keys = load_rows(k, k_rows, k_row, live, D, DP, CAUSAL, UPCAST)
-        values = load_rows(v, k_rows, v_row, live, D, DP, CAUSAL, UPCAST)
+        keys = load_tile(k, k_first, k_inner, k_row, live, D, DP, CAUSAL, UPCAST)
+        values = load_tile(v, k_first, k_inner, v_row, live, D, DP, CAUSAL, UPCAST)
         keep = live
         if MASKED:
             keep = tile_keep(q_id, k_ids, k_slot, k_inner, position, doc, CAUSAL, HAS_DOCS, PB)
@@ -167,30 +184,31 @@ def forward_kernel(
         first_column, last_column = tl.load(ranges + index * 2), tl.load(ranges + index * 2 + 1)
 
     inner = q_sub * BM + tl.arange(0, BM)
-    rows = q_slot.to(tl.int64) * PB + inner
+    first = q_slot.to(tl.int64) * PB
     position = q_id * PB + inner
     total_rows = q_blocks * PB
-    first = (batch * total_rows * num_heads + head) * D
-    lse += bh * total_rows + rows
+    out += (batch * total_rows * num_heads + head) * D
+    lse += bh * total_rows + first
     acc = tl.zeros((BM, DP), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), -float("inf"), tl.float32)
     if HAS_CARRY:
-        carried = tl.load(carry_lse + bh * total_rows + rows)
-        acc = load_rows(carry_out + first, rows, num_heads * D, rows, D, DP, False, False)
+        carried = tl.load(carry_lse + bh * total_rows + first + inner)
+        carry_out += (batch * total_rows * num_heads + head) * D
+        acc = load_tile(carry_out, first, inner, num_heads * D, inner, D, DP, False, False)
         if (high <= low) & (last_column <= first_column):  # nothing to add: the state passes bit by bit
-            store_rows(out + first, rows, num_heads * D, acc, D, DP)
-            tl.store(lse, carried)
+            store_tile(out, first, inner, num_heads * D, acc, D, DP)
+            tl.store(lse + inner, carried)
             return
         top = carried * 1.4426950408889634
         total = tl.where(carried == -float("inf"), 0.0, 1.0)
 
-    queries = load_rows(q + batch * q_batch + head * q_head, rows, q_row, rows, D, DP, False, UPCAST)
+    queries = load_tile(q + batch * q_batch + head * q_head, first, inner, q_row, inner, D, DP, False, UPCAST)
     k += batch * k_batch + (head // G) * k_head
     v += batch * v_batch + (head // G) * v_head
     doc = position
     if HAS_DOCS:
-        doc = tl.load(doc_start + batch * total_rows + rows)
+        doc = tl.load(doc_start + batch * total_rows + first + inner)
 
     if HAS_TILES:
         SUB: tl.constexpr = PB // BN
@@ -220,5 +238,5 @@ def forward_kernel(
 
     empty = (total == 0.0) | (position >= seq_len)
     total = tl.where(empty, 1.0, total)
-    store_rows(out + first, rows, num_heads * D, tl.where(empty[:, None], 0.0, acc / total[:, None]), D, DP)
-    tl.store(lse, tl.where(empty, -float("inf"), (top + tl.log2(total)) * 0.6931471805599453))
+    store_tile(out, first, inner, num_heads * D, tl.where(empty[:, None], 0.0, acc / total[:, None]), D, DP)
+    tl.store(lse + inner, tl.where(empty, -float("inf"), (top + tl.log2(total)) * 0.6931471805599453))
