@@ -142,7 +142,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *index = ctx.saved_tensors
-    nothing = (None, None, None, None)
+    # torch takes a list of tensors for a structure that the gradients must repeat, a list with a None in it for one value.
+    structure = None if any(x is None for x in index) else [None] * len(index)
+    nothing = (structure, None, None, None)
     if dout is None:
         return None, None, None, *nothing
     return *attention_backward(dout, q, k, v, out, lse, index, *ctx.settings), *nothing
