@@ -6,6 +6,7 @@ VENV ?= .venv
 # `make env CONSTRAINTS=`.
 CONSTRAINTS ?= -c constraints.txt
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-cpu test-interpret test-compile check lint format gpu exactness bench clean
+.PHONY: help env quickstart test test-cpu test-interpret test-compile check lint format gpu sanitize exactness bench clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,8 +62,12 @@ format: env ## wrap and sort as ruff does
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-gpu: env ## the tests that need a CUDA device
+gpu: env ## everything that needs a CUDA device: the tests, then the benchmark of the kernels
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
+	$(BIN)/python scripts/bench_kernels.py $(BENCH_ARGS)
+
+sanitize: env ## every GPU kernel on a small case under compute-sanitizer (comes with the CUDA toolkit)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m tests.gpu.small_case
 
 exactness: env ## print the exactness matrix: every pattern, layout, schedule and topology against the float64 truth
 	$(BIN)/python scripts/exactness.py
