@@ -77,10 +77,8 @@ class ProbeScorer:
         maxima, sums = (
             torch.empty(batch, heads, tiles, rows, dtype=torch.float32, device=self.q.device) for _ in range(2)
         )
-        with _device_of(self.q):
-            score.statistics_kernel[(tiles, batch * heads, -(-rows // row_tile))](
-                maxima=maxima, sums=sums, BM=row_tile, **self._shared()
-            )
+        grid = (tiles, batch * heads, -(-rows // row_tile))
+        start(score.statistics_kernel, grid, maxima=maxima, sums=sums, BM=row_tile, **self._shared())
         return maxima, sums
 
     def scores(self, peak: Tensor, factor: Tensor, per: int) -> Tensor:
@@ -100,12 +98,12 @@ class ProbeScorer:
         windows = self._windows()
         blocks = self.block_ids.numel()
         out = torch.zeros(batch, heads // per, blocks, self.width, dtype=torch.int64, device=self.q.device)
-        with _device_of(self.q):
-            score.scores_kernel[(self._tiles, batch * heads, len(windows))](
-                peak=peak.contiguous(), factor=factor.contiguous(), out=out,
-                windows=upload(torch.tensor(windows, dtype=torch.int32), self.q.device), num_blocks=blocks,
-                width=self.width, PER=per, BM=_power(max(size for _, size, _ in windows)), **self._shared(),
-            )  # fmt: skip
+        start(
+            score.scores_kernel, (self._tiles, batch * heads, len(windows)),
+            peak=peak.contiguous(), factor=factor.contiguous(), out=out,
+            windows=upload(torch.tensor(windows, dtype=torch.int32), self.q.device), num_blocks=blocks,
+            width=self.width, PER=per, BM=_power(max(size for _, size, _ in windows)), **self._shared(),
+        )  # fmt: skip
         return out
 
     @property
@@ -145,5 +143,11 @@ def _power(rows: int) -> int:
     return min(ROWS, max(16, 1 << (rows - 1).bit_length()))
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+def start(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
+    """Launch a kernel on the device of its tensors."""
+    tensor = next(x for x in arguments.values() if isinstance(x, Tensor))
+    on_device: AbstractContextManager[Any] = nullcontext()
+    if tensor.device.type == "cuda":
+        on_device = torch.cuda.device(tensor.device)
+    with on_device:
+        kernel[grid](**arguments)
