@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_kernels import SparsePattern, sparse_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -68,8 +72,22 @@ def _sdpa(kind: object) -> Attend:
 
 
 def flex(pattern: SparsePattern) -> Attend:
-    """Compiled flex_attention under the same mask. It knows no single columns: a block with one is computed and masked."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    """Compiled flex_attention under the same mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    block_mask = equivalent_mask(pattern)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return attend
+
+
+def equivalent_mask(pattern: SparsePattern) -> BlockMask:
+    """The pattern as a block mask of flex_attention. That knows no single columns: a block with one is computed and masked."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     block, number = pattern.block, pattern.num_blocks
     every = torch.arange(number)
@@ -79,23 +97,17 @@ def flex(pattern: SparsePattern) -> Attend:
     is_column = torch.zeros(1, pattern.heads, pattern.seq_len + 1, dtype=torch.bool, device=pattern.device)
     is_column.scatter_(2, pattern.columns.long(), True)
     is_column = is_column[0, :, : pattern.seq_len].contiguous()
-    holds_column = is_column.unflatten(1, (number, block)).any(2)[None, :, None]
-    partial = eye | (holds_column & ~tiles & torch.ones_like(eye).tril())
+    by_block, past = is_column.unflatten(1, (number, block)), torch.ones_like(eye).tril(-1)
+    full = (tiles & ~eye) | (by_block.all(2)[None, :, None] & past)
+    partial = eye | (by_block.any(2)[None, :, None] & past & ~full)
     offsets = pattern.offset_table()[0].contiguous()
 
     def mask(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         near = offsets[h, (i // block - j // block).clamp(min=0)]
         return (j <= i) & (near | is_column[h, j])
 
-    lists = [x for chosen in (partial, tiles & ~eye) for x in _ordered(chosen)]
-    block_mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=mask)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-    return attend
+    lists = [x for chosen in (partial, full) for x in _ordered(chosen)]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=mask)
 
 
 def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,14 @@ columns inside the shard and gathered columns; patterns without ``blocks`` too, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from sparse_kernels.gpu import check
 from sparse_kernels.gpu import general_kernels as kernels
 from sparse_kernels.gpu.config import Tile, padded_head_dim, tile_for
 from sparse_kernels.gpu.lists import ViewIndex, index_of
@@ -24,77 +26,105 @@ INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
 
 def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carry: State | None = None) -> State:
     """See `Backend.forward`; out and lse are float32 and contiguous."""
-    call = _Call(q, k, v, view, scale)
-    out = torch.empty(call.q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty(call.batch, call.heads, call.length, dtype=torch.float32, device=q.device)
-    tiles = call.tile("forward")
-    carry_out, carry_lse = (None, None) if carry is None else (t.float().contiguous() for t in carry)
-    if out.numel():
-        kernels.forward_kernel[call.query_grid(tiles)](
-            call.q, call.k, call.v, out, lse, carry_out, carry_lse, *call.row_arguments(),
-            call.scale2, call.heads, call.group, view.pattern.seq_len, call.num_q, call.num_blocks, call.room, call.width,
-            *call.strides(), *call.block_strides(),
-            HAS_CARRY=carry is not None, **call.flags(), **call.launch(tiles),
-        )  # fmt: skip
-    return out, lse
+    with torch.cuda.device_of(q):
+        call = _Call(q, k, v, view, scale)
+        out = torch.empty(call.q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(call.batch, call.heads, call.length, dtype=torch.float32, device=q.device)
+        tiles = call.tile("forward")
+        carry_out, carry_lse = (None, None) if carry is None else (t.float().contiguous() for t in carry)
+        if out.numel():
+            kernels.forward_kernel[call.query_grid(tiles)](
+                call.q, call.k, call.v, out, lse, carry_out, carry_lse, *call.row_arguments(),
+                call.scale2, call.heads, call.group, view.pattern.seq_len, call.num_q, call.num_blocks, call.room,
+                call.width, *call.strides(), *call.block_strides(),
+                HAS_CARRY=carry is not None, **call.flags(), **call.launch(tiles),
+            )  # fmt: skip
+        return out, lse
 
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, view: ShardView, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`; dq, dk, dv are float32 and contiguous."""
-    call = _Call(q, k, v, view, scale)
-    dout, out, lse = _unit_stride(dout), out.float().contiguous(), lse.float().contiguous()
-    dq = torch.empty(call.q.shape, dtype=torch.float32, device=q.device)
-    dk, dv = (torch.empty(call.k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    delta = torch.empty_like(lse)
-    if dq.numel():
+    with torch.cuda.device_of(q):
+        call = _Call(q, k, v, view, scale)
+        # Products of mixed dtypes do not exist; the gradient of a cast output has the dtype of q already.
+        dout, out, lse = _unit_stride(dout.to(q.dtype)), out.float().contiguous(), lse.float().contiguous()
+        delta = torch.empty_like(lse)
+        if lse.numel():
+            rows = 64
+            kernels.delta_kernel[(triton.cdiv(call.length, rows), call.batch * call.heads)](
+                out, dout, delta, call.heads, call.length, *dout.stride()[:3],
+                HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, ROWS=rows,
+            )  # fmt: skip
+        gradient = _Gradient(call, dout, lse, delta, scale)
+        dq = gradient.of_queries()
+        dk, dv = gradient.of_tiles()
+        if call.index.columns is not None:
+            gradient.add_columns(dk, dv)
+        return dq, dk, dv
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradient:
+    """The three launches of a backward, and what they share."""
+
+    call: _Call
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+    scale: float
+
+    def of_queries(self) -> Tensor:
+        """dq."""
+        call, tiles = self.call, self.call.tile("dq")
+        dq = torch.empty(call.q.shape, dtype=torch.float32, device=call.q.device)
+        if dq.numel():
+            kernels.dq_kernel[call.query_grid(tiles)](
+                call.q, call.k, call.v, self.dout, self.lse, self.delta, dq, *call.row_arguments(),
+                call.scale2, self.scale, call.heads, call.group, call.num_q, call.num_blocks, call.room, call.width,
+                *call.strides(self.dout), *call.block_strides(), **call.flags(), **call.launch(tiles),
+            )  # fmt: skip
+        return dq
+
+    def of_tiles(self) -> tuple[Tensor, Tensor]:
+        """dk and dv of the listed tiles; zeros where there are none."""
+        call, cols = self.call, self.call.index.cols
+        if cols is None:
+            nothing = torch.zeros(2, *call.k.shape, dtype=torch.float32, device=call.k.device)
+            return nothing[0], nothing[1]
+        dk, dv = (torch.empty(call.k.shape, dtype=torch.float32, device=call.k.device) for _ in range(2))
+        if dk.numel():
+            tiles = call.tile("dkdv")
+            kernels.dkdv_kernel[(call.num_k * (call.block // tiles.n), call.batch * call.kv_heads)](
+                call.q, call.k, call.v, self.dout, self.lse, self.delta, dk, dv, call.index.doc_start,
+                call.index.q_ids, call.index.k_ids, cols.diagonal, cols.start, cols.count, cols.entries,
+                call.scale2, self.scale, call.heads, call.group, call.num_q, call.num_k, call.room,
+                *call.strides(self.dout), HAS_DOC=call.index.doc_start is not None, **call.launch(tiles),
+            )  # fmt: skip
+        return dk, dv
+
+    def add_columns(self, dk: Tensor, dv: Tensor) -> None:
+        """Columns: computed per query head, then added to dk and dv one head of a group after the other."""
+        call, index, columns = self.call, self.call.index, self.call.index.columns
+        assert columns is not None
+        tiles = call.tile("columns")
+        shape = (call.batch, call.heads, call.width, call.head_dim)
+        parts = [torch.empty(shape, dtype=torch.float32, device=dk.device) for _ in range(2)]
+        kernels.column_kernel[(triton.cdiv(call.width, tiles.n), call.batch * call.heads)](
+            call.q, call.k, call.v, self.dout, self.lse, self.delta, *parts, index.doc_start,
+            index.q_ids, columns.order, index.offsets, index.blocks if index.blocks is not None else index.offsets,
+            columns.position, columns.row, columns.first,
+            call.scale2, self.scale, call.heads, call.group, call.num_q, columns.live, call.num_blocks, call.width,
+            *call.strides(self.dout), *call.block_strides(),
+            HAS_BLOCKS=index.blocks is not None, HAS_DOC=index.doc_start is not None, **call.launch(tiles),
+        )  # fmt: skip
         rows = 64
-        kernels.delta_kernel[(triton.cdiv(call.length, rows), call.batch * call.heads)](
-            out, dout, delta, call.heads, call.length, *dout.stride()[:3], HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, ROWS=rows
-        )  # fmt: skip
-        tiles = call.tile("dq")
-        kernels.dq_kernel[call.query_grid(tiles)](
-            call.q, call.k, call.v, dout, lse, delta, dq, *call.row_arguments(),
-            call.scale2, scale, call.heads, call.group, call.num_q, call.num_blocks, call.room, call.width,
-            *call.strides(dout), *call.block_strides(), **call.flags(), **call.launch(tiles),
-        )  # fmt: skip
-    if call.index.cols is None:
-        dk.zero_(), dv.zero_()
-    elif dk.numel():
-        cols, tiles = call.index.cols, call.tile("dkdv")
-        kernels.dkdv_kernel[(call.num_k * (call.block // tiles.n), call.batch * call.kv_heads)](
-            call.q, call.k, call.v, dout, lse, delta, dk, dv, call.index.doc_start,
-            call.index.q_ids, call.index.k_ids, cols.diagonal, cols.start, cols.count, cols.entries,
-            call.scale2, scale, call.heads, call.group, call.num_q, call.num_k, call.room,
-            *call.strides(dout), HAS_DOC=call.index.doc_start is not None, **call.launch(tiles),
-        )  # fmt: skip
-    if call.index.columns is not None:
-        _add_columns(dk, dv, dout, lse, delta, call, scale)
-    return dq, dk, dv
-
-
-def _add_columns(dk: Tensor, dv: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, call: _Call, scale: float) -> None:
-    """Gradients of the column part: computed per query head, then added to dk and dv one head of a group after the other."""
-    columns, index = call.index.columns, call.index
-    assert columns is not None
-    tiles = call.tile("columns")
-    shape = (call.batch, call.heads, call.width, call.head_dim)
-    parts = [torch.empty(shape, dtype=torch.float32, device=dk.device) for _ in range(2)]
-    kernels.column_kernel[(triton.cdiv(call.width, tiles.n), call.batch * call.heads)](
-        call.q, call.k, call.v, dout, lse, delta, *parts, index.doc_start,
-        index.q_ids, columns.order, index.offsets, index.blocks if index.blocks is not None else index.offsets,
-        columns.position, columns.row, columns.first,
-        call.scale2, scale, call.heads, call.group, call.num_q, columns.live, call.num_blocks, call.width,
-        *call.strides(dout), *call.block_strides(),
-        HAS_BLOCKS=index.blocks is not None, HAS_DOC=index.doc_start is not None, **call.launch(tiles),
-    )  # fmt: skip
-    rows = 64
-    for member in range(call.group):
-        kernels.fold_kernel[(triton.cdiv(call.width, rows), call.batch * call.kv_heads)](
-            *parts, dk, dv, columns.row, member, call.heads, call.group, call.width, dk.shape[1],
-            HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_N=rows,
-        )  # fmt: skip
+        for member in range(call.group):
+            kernels.fold_kernel[(triton.cdiv(call.width, rows), call.batch * call.kv_heads)](
+                *parts, dk, dv, columns.row, member, call.heads, call.group, call.width, dk.shape[1],
+                HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_N=rows,
+            )  # fmt: skip
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -106,8 +136,7 @@ class _Call:
     """Sizes, strides and index of one call, in the order in which the kernels take them."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float) -> None:
-        if scale <= 0:
-            raise ValueError(f"the triton backend needs a positive scale, got {scale}; fold the sign into q")
+        check(view, scale)
         self.q, self.k, self.v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         self.batch, self.length, self.heads, self.head_dim = q.shape
         self.kv_heads, self.block = k.shape[2], view.pattern.block
@@ -122,8 +151,6 @@ class _Call:
                 f"q is {tuple(q.shape)} but the view has {self.num_q} query blocks of {self.block} tokens, batch "
                 f"{view.pattern.batch} and {view.pattern.heads} heads; pad q to whole blocks"
             )
-        if self.block % 16:
-            raise ValueError(f"the triton backend needs blocks of a multiple of 16 tokens, got {self.block}")
         self.scale2 = scale * LOG2E
         self.block_d = padded_head_dim(self.head_dim)
         self.index: ViewIndex = index_of(view, q.device)

@@ -192,5 +192,5 @@ def test_bad_input_is_named() -> None:
         general.forward(case.q[:, :40], case.k, case.v, case.whole(), 1.0)
     odd = SparsePattern.dense(1, 2, 60, 20)
     view = ShardView(odd, torch.arange(3), k_blocks=torch.arange(3), doc_start=pad_doc_start(None, odd))
-    with pytest.raises(ValueError, match="multiple of 16"):
+    with pytest.raises(ValueError, match="power of two"):
         general.forward(case.q[:, :60], case.k[:, :60], case.v[:, :60], view, 1.0)

@@ -11,10 +11,13 @@ import torch
 from scripts import bench_kernels
 from scripts.kernel_bench import cases as bench_cases
 from scripts.kernel_bench import contestants
-from sparse_kernels import SparsePattern
+from sparse_kernels import ShardView, SparsePattern
 from sparse_kernels.accuracy import dense_by_rows, two_rules
+from sparse_kernels.gpu import TritonBackend
+from sparse_kernels.pattern import pad_doc_start
 from tests.gpu.cases import complaints, differing_runs, far_apart, make_case, run, unselected_gradient
 from tests.patterns import as_blocks
+from tests.waiting import PretendDevice, WouldWait
 
 
 @pytest.mark.parametrize("blocks", [0.0, 0.4])
@@ -85,6 +88,39 @@ def test_cells_of_the_benchmark_are_the_pairs_of_the_mask() -> None:
         assert cells == int(pattern.to_dense().sum())
         if density < 1:
             assert abs(cells / bench_cases.causal_cells(shape, 512) - density) < 0.05
+
+
+def test_flex_attention_gets_the_same_mask() -> None:
+    pattern, _ = bench_cases.vertical_slash(bench_cases.Shape(2, 1, 64, 16), 256, 0.4)
+    mask = contestants.equivalent_mask(pattern)
+    h, i, j = torch.arange(2)[:, None, None], torch.arange(256)[:, None], torch.arange(256)
+    wanted = pattern.to_dense()
+    assert torch.equal(mask.mask_mod(None, h, i, j)[None], wanted)
+    tiles = wanted.unflatten(2, (-1, 16)).unflatten(4, (-1, 16))
+    assert torch.equal(mask.to_dense().bool(), tiles.any(5).any(3))
+    full = tiles.all(5).all(3)
+    assert torch.equal(mask.full_kv_num_blocks, full.sum(-1).int())
+    for q in range(16):
+        listed = mask.full_kv_indices[0, 1, q, : int(mask.full_kv_num_blocks[0, 1, q])]
+        assert torch.equal(listed, full[0, 1, q].nonzero().flatten().int())
+
+
+@pytest.mark.parametrize("blocks", [0.0, 0.3])
+def test_nothing_asks_the_device_for_a_number(blocks: float) -> None:
+    """Index, forward and backward, with every tensor that would be on a GPU followed through all operations."""
+    case = make_case("cpu", 6, 150, 64, block=32, columns=20, diagonals=2, blocks=blocks, documents=3, kv_heads=1)
+    pattern, every = case.pattern, torch.arange(case.pattern.num_blocks)
+    padded = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 10)) for t in (case.q, case.k, case.v, case.dout)]
+    doc_start = pad_doc_start(case.doc_start, pattern)
+    view = ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=doc_start)
+    backend = TritonBackend()
+    with PretendDevice(*padded, pattern.columns, pattern.diagonals, pattern.blocks, doc_start) as device:
+        out, lse = backend.forward(*padded[:3], view, 0.125)
+        assert out in device.there
+        backend.backward(padded[3], *padded[:3], out, lse, view, 0.125)
+        for question in (lambda: out.sum().item(), lambda: out[out > 0], lambda: pattern.diagonals.max().item()):
+            with pytest.raises(WouldWait):
+                question()
 
 
 def smoke(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
