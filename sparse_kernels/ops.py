@@ -84,7 +84,9 @@ def flatten(pattern: SparsePattern, doc_start: Tensor | None) -> tuple[list[Tens
 def _prepare(
     q: Tensor, index: Sequence[Tensor | None], sizes: Sequence[int], backend: str
 ) -> tuple[ShardView, Backend]:
-    return _view(index, sizes), resolve_backend(backend, q.device, q.dtype, q.shape[-1])
+    view = _view(index, sizes)
+    dense = view.pattern.full and view.doc_start is None
+    return view, resolve_backend(backend, q.device, q.dtype, q.shape[-1], dense=dense)
 
 
 # Views by the tensor of their diagonals, for as long as that lives: backends keep their plan of a view on it, and the backward (or
