@@ -15,13 +15,15 @@ from torch import Tensor
 
 from sparse_kernels.gpu import check
 from sparse_kernels.gpu import general_kernels as kernels
-from sparse_kernels.gpu.config import Tile, padded_head_dim, tile_for
+from sparse_kernels.gpu.config import Tile, padded_head_dim
+from sparse_kernels.gpu.general_tiles import tile_of
 from sparse_kernels.gpu.lists import ViewIndex, index_of
 from sparse_kernels.view import ShardView
 
 State = tuple[Tensor, Tensor]
 LOG2E = 1.4426950408889634
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
+INTERPRETER_TILE = Tile(64, 64, 4, 1)  # a step costs about the same there whatever its size
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carry: State | None = None) -> State:
@@ -55,7 +57,7 @@ def backward(
             rows = 64
             kernels.delta_kernel[(triton.cdiv(call.length, rows), call.batch * call.heads)](
                 out, dout, delta, call.heads, call.length, *dout.stride()[:3],
-                HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, ROWS=rows,
+                HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, ROWS=rows, enable_fp_fusion=True,
             )  # fmt: skip
         gradient = _Gradient(call, dout, lse, delta, scale)
         dq = gradient.of_queries()
@@ -123,7 +125,7 @@ class _Gradient:
         for member in range(call.group):
             kernels.fold_kernel[(triton.cdiv(call.width, rows), call.batch * call.kv_heads)](
                 *parts, dk, dv, columns.row, member, call.heads, call.group, call.width, dk.shape[1],
-                HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_N=rows,
+                HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_N=rows, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -159,8 +161,10 @@ class _Call:
 
     def tile(self, kernel: str) -> Tile:
         """The launch shape of a kernel: "forward", "dq", "dkdv" or "columns"."""
-        major = 9 if INTERPRETED else torch.cuda.get_device_capability(self.q.device)[0]
-        return tile_for(f"general_{kernel}", major, max(self.head_dim, 64), self.q.element_size(), self.block)
+        if INTERPRETED:
+            return INTERPRETER_TILE.within(self.block)
+        major = torch.cuda.get_device_capability(self.q.device)[0]
+        return tile_of(kernel, major, self.head_dim, self.q.element_size(), self.block)
 
     def query_grid(self, tiles: Tile) -> tuple[int, int]:
         """Programs over query tiles and heads."""
@@ -210,4 +214,5 @@ class _Call:
             "UPCAST": INTERPRETED and self.q.dtype == torch.bfloat16,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            "enable_fp_fusion": True,  # said aloud, because its default is about to change
         }

@@ -122,7 +122,7 @@ def forward_kernel(
             acc, high, total = _attend(q_tile, k_tile, v_tile, keep, acc, high, total, scale2, True, PRECISION)
         list_base = entries + bh * room + tl.load(start + slot)
         for step in range(tl.load(count + bh * num_q + slot) * SUB_N):
-            far = tl.load(list_base + step // SUB_N)
+            far = tl.load(list_base + step // SUB_N).to(tl.int32)
             at = (step % SUB_N) * BLOCK_N + n
             k_tile = _load_rows(k_base, far * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
             v_tile = _load_rows(v_base, far * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -229,7 +229,7 @@ def dq_kernel(
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, True, PRECISION)
         list_base = entries + bh * room + tl.load(start + slot)
         for step in range(tl.load(count + bh * num_q + slot) * SUB_N):
-            far = tl.load(list_base + step // SUB_N)
+            far = tl.load(list_base + step // SUB_N).to(tl.int32)
             at = (step % SUB_N) * BLOCK_N + n
             k_tile = _load_rows(k_base, far * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
             v_tile = _load_rows(v_base, far * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -316,7 +316,7 @@ def dkdv_kernel(
             )
         list_base = entries + bh * room + tl.load(start + slot)
         for step in range(tl.load(count + bh * num_k + slot) * SUB_M):
-            here = tl.load(list_base + step // SUB_M) * BLOCK + (step % SUB_M) * BLOCK_M + m
+            here = tl.load(list_base + step // SUB_M).to(tl.int32) * BLOCK + (step % SUB_M) * BLOCK_M + m
             q_tile = _load_rows(q_base, here, q_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
             do = _load_rows(do_base, here, do_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
             lse2, d = _load_lse(lse, bh * length + here), tl.load(delta + bh * length + here)

@@ -31,7 +31,7 @@ class TileLists:
         diagonal: int32 [own], slot of the other side with the same global block id; -1 when it is not in the view.
         start: int64 [own], where the list of an own slot begins; the same for every head.
         count: int32 [B, H, own], entries in use.
-        entries: int32 [B, H, room], slots of the other side, ascending within a list.
+        entries: int16 (int32 beyond 32,768 blocks) [B, H, room], slots of the other side, ascending within a list.
     """
 
     diagonal: Tensor
@@ -143,14 +143,15 @@ def _tile_lists(
     total = int(room.sum())  # a CPU tensor
     diagonal = torch.where(own < number, _slots_of(own, other), -1)
     count = torch.empty(batch, heads, len(own), dtype=torch.int32, device=device)
-    entries = torch.empty(batch, heads, total, dtype=torch.int32, device=device)
+    slots = torch.int16 if len(other) <= 1 << 15 else torch.int32
+    entries = torch.empty(batch, heads, total, dtype=slots, device=device)
     if len(own):
         mask = offsets if blocks is None else blocks
         _fill_kernel[(len(own), batch * heads)](
             offsets, mask, doc_low, own_ids, other_ids, start, entries, count,
             len(own), len(other), number, total, heads, *(mask.stride() if blocks is not None else (0, 0, 0, 0)),
             BLOCK=block, HAS_BLOCKS=blocks is not None, HAS_DOC=doc_low is not None, BY_COLUMN=by_column,
-            SCAN=min(_SCAN, triton.next_power_of_2(max(len(other), 16))),
+            SCAN=min(_SCAN, triton.next_power_of_2(max(len(other), 16))), enable_fp_fusion=True,
         )  # fmt: skip
     return TileLists(_send(diagonal, device), start, count, entries)
 

@@ -8,7 +8,8 @@ import pytest
 
 from sparse_kernels.gpu import general_kernels as kernels
 from sparse_kernels.gpu import lists
-from sparse_kernels.gpu.config import padded_head_dim, tile_for
+from sparse_kernels.gpu.config import padded_head_dim
+from sparse_kernels.gpu.general_tiles import tile_of
 from sparse_kernels.gpu.resources import SHARED_LIMIT, measure
 
 KERNELS = {
@@ -44,6 +45,8 @@ def argument(name: str, dtype: str) -> str:
         return "*fp32"
     if name in BYTES:
         return "*u8"
+    if name == "entries":
+        return "*i16"
     if name == "start":
         return "*i64"
     if name in ("scale", "scale2"):
@@ -60,7 +63,7 @@ def arguments(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, A
 
 def resources(name: str, capability: int, head_dim: int, block: int, dtype: str, documents: bool) -> Any:
     """Registers, spills, shared memory of one kernel with the tile that the table gives it."""
-    tile = tile_for(f"general_{name}", capability // 10, head_dim, ITEMSIZE[dtype], block)
+    tile = tile_of(name, capability // 10, head_dim, ITEMSIZE[dtype], block)
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK": block, "BLOCK_M": tile.m, "BLOCK_N": tile.n,
         "HAS_TILES": True, "HAS_COLUMNS": True, "HAS_BLOCKS": True, "HAS_DOC": documents, "HAS_CARRY": True,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_kernels import ShardView, SparsePattern, reference_attention
 from sparse_kernels.gpu import general
+from sparse_kernels.gpu.config import Tile
 from sparse_kernels.gpu.lists import build_index
 from sparse_kernels.pattern import pad_doc_start
 from sparse_kernels.reference_backend import ReferenceBackend
@@ -58,6 +59,14 @@ def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> 
 def test_agrees_with_the_truth(seq_len: int, block: int, options: dict) -> None:
     case = make_case(seq_len + block, seq_len, block, **{"head_dim": 32, **options})
     assert_same(run(case), truth_of(case), 2e-5 if options.get("sharpness") else 4e-6)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(16, 32), (32, 16)])
+def test_tiles_that_are_not_square(rows: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs get: several tiles per block, fewer query rows than keys or the other way round."""
+    monkeypatch.setattr(general, "INTERPRETER_TILE", Tile(rows, keys, 4, 1))
+    case = make_case(7, 120, 32, blocks=True, columns=20, documents=0.03, kv_heads=1, group=2, head_dim=16)
+    assert_same(run(case), truth_of(case), 4e-6)
 
 
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
