@@ -29,93 +29,40 @@ class Tile:
         return Tile(min(self.m, block), min(self.n, block), self.warps, self.stages)
 
 
-# kernel -> (compute capability major, padded head_dim, bytes per element) -> tiles, the first that fits the pattern block wins.
-TABLE: dict[str, dict[tuple[int, int, int], Tile]] = {
-    "forward": {
-        (8, 64, 2): Tile(128, 64, 8, 3),
-        (8, 128, 2): Tile(128, 64, 8, 3),
-        (9, 64, 2): Tile(128, 64, 8, 3),
-        (9, 128, 2): Tile(128, 64, 8, 3),
-        (8, 64, 4): Tile(64, 32, 8, 2),
-        (8, 128, 4): Tile(64, 32, 8, 2),
-        (9, 64, 4): Tile(64, 32, 8, 2),
-        (9, 128, 4): Tile(64, 32, 8, 2),
-    },
-    "dq": {
-        (8, 64, 2): Tile(64, 64, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(64, 64, 8, 2),
-        (8, 64, 4): Tile(32, 32, 8, 2),
-        (8, 128, 4): Tile(32, 32, 8, 1),
-        (9, 64, 4): Tile(32, 32, 8, 2),
-        (9, 128, 4): Tile(32, 32, 8, 1),
-    },
-    "dkdv": {
-        (8, 64, 2): Tile(64, 64, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(64, 64, 8, 2),
-        (8, 64, 4): Tile(32, 32, 8, 2),
-        (8, 128, 4): Tile(32, 32, 8, 1),
-        (9, 64, 4): Tile(32, 32, 8, 2),
-        (9, 128, 4): Tile(32, 32, 8, 1),
-    },
-    "columns": {
-        (8, 64, 2): Tile(64, 64, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(64, 64, 8, 2),
-        (8, 64, 4): Tile(32, 32, 8, 2),
-        (8, 128, 4): Tile(32, 32, 8, 1),
-        (9, 64, 4): Tile(32, 32, 8, 2),
-        (9, 128, 4): Tile(32, 32, 8, 1),
-    },
-    # The lists of tiles (general_kernels). 64 query rows of dk/dv would spill a few bytes on sm_80 or sm_90. float32 as three
-    # tf32 products takes many registers: dq spills up to 88 bytes even with these small tiles.
-    "general_forward": {
-        (8, 64, 2): Tile(128, 64, 8, 3),
-        (8, 128, 2): Tile(128, 64, 8, 3),
-        (9, 64, 2): Tile(128, 64, 8, 3),
-        (9, 128, 2): Tile(128, 64, 8, 3),
-        (8, 64, 4): Tile(16, 32, 8, 1),
-        (8, 128, 4): Tile(16, 32, 8, 1),
-        (9, 64, 4): Tile(16, 32, 8, 1),
-        (9, 128, 4): Tile(16, 32, 8, 1),
-    },
-    "general_dq": {
-        (8, 64, 2): Tile(64, 64, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(64, 64, 8, 2),
-        (8, 64, 4): Tile(16, 16, 8, 1),
-        (8, 128, 4): Tile(16, 16, 8, 1),
-        (9, 64, 4): Tile(16, 16, 8, 1),
-        (9, 128, 4): Tile(16, 16, 8, 1),
-    },
-    "general_dkdv": {
-        (8, 64, 2): Tile(32, 64, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(32, 64, 8, 2),
-        (8, 64, 4): Tile(32, 16, 8, 1),
-        (8, 128, 4): Tile(32, 16, 8, 1),
-        (9, 64, 4): Tile(32, 16, 8, 1),
-        (9, 128, 4): Tile(32, 16, 8, 1),
-    },
-    "general_columns": {
-        (8, 64, 2): Tile(64, 64, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(64, 64, 8, 2),
-        (8, 64, 4): Tile(32, 16, 8, 1),
-        (8, 128, 4): Tile(32, 16, 8, 1),
-        (9, 64, 4): Tile(32, 16, 8, 1),
-        (9, 128, 4): Tile(32, 16, 8, 1),
-    },
+Key = tuple[int, int, int]  # compute capability major, padded head_dim, bytes per element
+_FORWARD: dict[Key, tuple[Tile, ...]] = {
+    (8, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    (8, 128, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
+    (9, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+    (9, 128, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+    (8, 64, 4): (Tile(32, 32, 8, 2),),
+    (8, 128, 4): (Tile(32, 32, 8, 2),),
+    (9, 64, 4): (Tile(32, 32, 8, 2),),
+    (9, 128, 4): (Tile(32, 32, 8, 2),),
 }
-# A narrower launch where the pattern block allows only 64 query rows: eight warps would have nothing to do.
-NARROW: dict[str, Tile] = {"forward": Tile(64, 64, 4, 2)}
+_DQ: dict[Key, tuple[Tile, ...]] = {
+    (8, 64, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, 128, 2): (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    (9, 64, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (9, 128, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, 64, 4): (Tile(32, 32, 8, 2),),
+    (8, 128, 4): (Tile(16, 32, 4, 1),),
+    (9, 64, 4): (Tile(32, 32, 8, 2),),
+    (9, 128, 4): (Tile(16, 32, 4, 1),),
+}
+_DKDV: dict[Key, tuple[Tile, ...]] = {
+    (8, 64, 2): (Tile(64, 128, 8, 2),),
+    (8, 128, 2): (Tile(64, 64, 8, 2),),
+    (9, 64, 2): (Tile(64, 128, 8, 2),),
+    (9, 128, 2): (Tile(64, 128, 8, 2),),
+    (8, 64, 4): (Tile(32, 32, 8, 2),),
+    (8, 128, 4): (Tile(32, 16, 8, 1),),
+    (9, 64, 4): (Tile(32, 32, 8, 2),),
+    (9, 128, 4): (Tile(32, 16, 8, 1),),
+}
+_COLUMNS = {**_DKDV, (9, 128, 2): (Tile(64, 64, 8, 2),)}
+# Per kernel and device the tiles to choose from: the first whose query rows fit the pattern block.
+TABLE = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "columns": _COLUMNS}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -128,8 +75,5 @@ def tile_for(kernel: str, major: int, head_dim: int, itemsize: int, block: int) 
 
     Newer devices than the table knows use its newest rows.
     """
-    tile = TABLE[kernel][min(major, 9), max(64, padded_head_dim(head_dim)), itemsize]
-    narrow = NARROW.get(kernel)
-    if narrow is not None and itemsize == 2 and block < tile.m:
-        tile = narrow
-    return tile.within(block)
+    tiles = TABLE[kernel][min(major, 9), max(64, padded_head_dim(head_dim)), itemsize]
+    return next((tile for tile in tiles if tile.m <= block), tiles[-1]).within(block)
