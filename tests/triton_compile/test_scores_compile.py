@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_kernels.gpu import probe
+from sparse_kernels.gpu import probe, select
 from sparse_kernels.gpu.recorded import Recorded
 from sparse_kernels.gpu.resources import SHARED_LIMIT
 
@@ -64,3 +64,16 @@ def test_no_spills_in_other_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check(capability, launches(head_dim, dtype, block, sizes, monkeypatch))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_selection_spills_nothing(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Recorded] = []
+    monkeypatch.setattr(select, "start", lambda kernel, grid, **given: found.append(Recorded(kernel, given)))
+    limit = torch.zeros(8, dtype=torch.int64)
+    select.choose(torch.zeros(8, 131072, dtype=torch.int64), limit, limit, limit)
+    assert len(found) == select.DIGITS + 1
+    # The first pass, one between, the last (its step is the constant 1) and the closing kernel.
+    for launched in (found[0], found[1], found[-2], found[-1]):
+        measured = launched.measure(capability)
+        assert measured.spills == 0 and measured.shared <= SHARED_LIMIT[capability], (launched.name, measured)
