@@ -102,7 +102,8 @@ def choose(scores: Tensor, target: Tensor, floor: Tensor, cap: Tensor) -> Tensor
         previous = max(0, digit - 1)
         start(
             sums_kernel, grid, scores=scores, before=state[previous], after=state[digit],
-            last_totals=totals[previous], totals=totals[digit], size=size, last_step=16 ** (DIGITS - 1 - previous), step=16 ** (DIGITS - 1 - digit), FIRST=digit == 0,
+            last_totals=totals[previous], totals=totals[digit], size=size,
+            last_step=16 ** (DIGITS - 1 - previous), step=16 ** (DIGITS - 1 - digit), FIRST=digit == 0,
             BLOCK=BLOCK, RUNS=runs, num_warps=WARPS, **limits,
         )  # fmt: skip
     ends = {"before": state[DIGITS - 1], "after": state[DIGITS], "totals": totals[DIGITS - 1]}
