@@ -129,6 +129,11 @@ class _Gradient:
             )  # fmt: skip
 
 
+def compute_major(x: Tensor) -> int:
+    """Compute capability, major, of the device that holds x."""
+    return torch.cuda.get_device_capability(x.device)[0]
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     """x with unit stride along head_dim; a copy only when it has another."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -163,8 +168,7 @@ class _Call:
         """The launch shape of a kernel: "forward", "dq", "dkdv" or "columns"."""
         if INTERPRETED:
             return INTERPRETER_TILE.within(self.block)
-        major = torch.cuda.get_device_capability(self.q.device)[0]
-        return tile_of(kernel, major, self.head_dim, self.q.element_size(), self.block)
+        return tile_of(kernel, compute_major(self.q), self.head_dim, self.q.element_size(), self.block)
 
     def query_grid(self, tiles: Tile) -> tuple[int, int]:
         """Programs over query tiles and heads."""

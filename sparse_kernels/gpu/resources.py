@@ -24,6 +24,8 @@ _TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -40,9 +42,7 @@ class Resources:
     tensor_cores: bool
 
 
-def measure(
-    kernel: Any, capability: int, arguments: Mapping[str, Any], num_warps: int, num_stages: int
-) -> Resources:
+def measure(kernel: Any, capability: int, arguments: Mapping[str, Any], num_warps: int, num_stages: int) -> Resources:
     """Compile one kernel for one target.
 
     Args:
@@ -64,7 +64,7 @@ def measure(
         constexprs=constants,
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, spills = _assemble(ptx, capability)
@@ -100,7 +100,14 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={architecture[1]}",
+            str(source),
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     used = re.search(r"Used (\d+) registers", log)
