@@ -1,6 +1,6 @@
 """What the Triton kernels cost on GPUs that need not be here: registers, spills and shared memory, compiled for sm_80 and sm_90.
 
-    python scripts/kernel_report.py [--output benchmarks/kernels_report.md]
+python scripts/kernel_report.py [--output benchmarks/kernels_report.md]
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import triton
 
-from sparse_kernels.gpu.recorded import structured_launches
+from sparse_kernels.gpu.general_recorded import general_launches
+from sparse_kernels.gpu.recorded import Recorded, structured_launches
 from sparse_kernels.gpu.resources import SHARED_LIMIT
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -22,10 +23,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def rows(capabilities: list[int], head_dims: list[int], dtypes: list[str], blocks: list[int]) -> Iterator[str]:
     """One table row per kernel and target, in the variant with the most in it: carried state, columns and documents."""
     for capability, head_dim, dtype, block in itertools.product(capabilities, head_dims, dtypes, blocks):
-        for launched in structured_launches(capability, head_dim, DTYPES[dtype], block, documents=True):
+        structured = structured_launches(capability, head_dim, DTYPES[dtype], block, documents=True)
+        general = general_launches(capability, head_dim, DTYPES[dtype], block)
+        launches: list[tuple[str, Recorded]] = [("", x) for x in structured] + [("general ", x) for x in general]
+        for kind, launched in launches:
             found = launched.measure(capability)
             cells = (
-                launched.name.removesuffix("_kernel"),
+                kind + launched.name.strip("_").removesuffix("_kernel"),
                 f"sm_{capability}",
                 head_dim,
                 dtype,
@@ -49,7 +53,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     given = parser.parse_args()
     lines = [
-        "# Resources of the structured Triton kernels",
+        "# Resources of the Triton kernels",
         "",
         f"`python scripts/kernel_report.py`, Triton {triton.__version__}, no GPU needed. Spills in bytes (stores + loads), shared "
         "memory in KiB,",
