@@ -88,6 +88,8 @@ def check(view: ShardView, scale: float) -> None:
     """ValueError for what the kernels cannot do."""
     block = view.pattern.block
     if block < 16 or block & (block - 1):
-        raise ValueError(f"the triton backend needs a pattern block that is a power of two from 16 on, best 64 or 128; got {block}")
+        raise ValueError(
+            f"the triton backend needs a pattern block that is a power of two from 16 on, best 64 or 128; got {block}"
+        )
     if scale <= 0:
         raise ValueError(f"the triton backend needs a positive scale, got {scale}")

@@ -27,7 +27,7 @@ def delta_kernel(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dout * out), float32 [B, H, rows]. Grid: (row tiles, H, B); rows are whole tiles."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = rows < total_rows
     a = load_rows(dout + batch * dout_batch + head * dout_head, rows, dout_row, live, D, DP, True, False).to(tl.float32)
@@ -70,7 +70,7 @@ def dq_kernel(
 ):  # fmt: skip
     """dq of one query tile of one head. Grid and order as in `forward_kernel`."""
     pid, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1) * G + pid % G
+    head = (tl.program_id(1) * G + pid % G).to(tl.int64)
     tile = q_blocks * (PB // BM) - 1 - pid // G
     q_slot, q_sub = tile // (PB // BM), tile % (PB // BM)
     q_id = tl.load(q_ids + q_slot)
@@ -117,7 +117,9 @@ def dq_kernel(
             lane = start + tl.arange(0, BN)
             column = bh * num_columns + tl.minimum(lane, last_column - 1)
             k_rows = tl.load(column_rows + column)
-            keep = column_keep(positions, covered + bh * num_blocks, column, lane < last_column, q_id, doc, PB, HAS_DOCS)
+            keep = column_keep(
+                positions, covered + bh * num_blocks, column, lane < last_column, q_id, doc, PB, HAS_DOCS
+            )
             keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
             values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
             acc = row_gradient(acc, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)
@@ -168,7 +170,7 @@ def dkdv_kernel(
 
     Grid: (key tiles, K, B); early blocks, which the most queries see, start first.
     """
-    pid, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pid, kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     k_slot, k_sub = pid // (PB // BN), pid % (PB // BN)
     k_id = tl.load(k_ids + k_slot)
     k_inner = k_sub * BN + tl.arange(0, BN)

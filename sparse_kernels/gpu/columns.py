@@ -26,7 +26,7 @@ def column_kernel(
 
     Grid: (column tiles * splits, H, B). part_k, part_v: float32 [splits, B, H, C, D]; tiles beyond a head's count are not written.
     """
-    pid, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pid, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tile, split = pid // splits, pid % splits
     bh = batch * num_heads + head
     count = tl.load(counts + bh)

@@ -156,7 +156,9 @@ class DeviceIndex:
         last, clean = slot, slot
         if self.doc_start is not None:
             # key id >= first_open // b  and  key id * b >= last_open, as bounds on the entry
-            last = torch.minimum(slot, slot + (k_first - self.first_open // self.block).div(step, rounding_mode="floor"))
+            last = torch.minimum(
+                slot, slot + (k_first - self.first_open // self.block).div(step, rounding_mode="floor")
+            )
             clear = -(-self.last_open // self.block)
             clean = torch.minimum(slot, slot + (k_first - clear).div(step, rounding_mode="floor"))
         zero = slot - _entry_of_zero(origin, step)
@@ -174,7 +176,9 @@ class DeviceIndex:
         if self.doc_start is not None:
             first, final = (x[:, : self.num_real_q].contiguous() for x in (self.first_open, self.last_open))
             start = (self.k_ids * self.block).expand(first.shape[0], -1)
-            last = torch.searchsorted(first, (start + self.block - 1).contiguous(), right=True, out_int32=True) - 1 - slot
+            last = (
+                torch.searchsorted(first, (start + self.block - 1).contiguous(), right=True, out_int32=True) - 1 - slot
+            )
             clean = torch.searchsorted(final, start.contiguous(), right=True, out_int32=True) - 1 - slot
         zero = slot + _entry_of_zero(origin, step)
         on_diagonal = (zero >= 0) & (zero < self.num_real_q) & _divides(origin, step)
@@ -224,7 +228,9 @@ class DeviceIndex:
             keep = keep & ((key + 1) * block > first)
             clean = keep & (offset > 0) & (key * block >= final)
         diagonal_end = (keep & (offset == 0)).sum(-1)
-        counts = torch.stack([torch.zeros_like(diagonal_end), diagonal_end, diagonal_end + clean.sum(-1), keep.sum(-1)], -1)
+        counts = torch.stack(
+            [torch.zeros_like(diagonal_end), diagonal_end, diagonal_end + clean.sum(-1), keep.sum(-1)], -1
+        )
         width = max(1, min(diagonals.shape[2], len(others)))
         return Tiles(_compact(keep, slot, 0)[..., :width].contiguous(), counts.int().contiguous(), True)
 
@@ -246,7 +252,9 @@ class DeviceIndex:
         positions = _compact(known, column, BIG)
         rows = _compact(known, rows, 0)
         start = self.q_ids * block
-        ranges = torch.stack([_count(positions, self.first_open, right=False), _count(positions, start, right=False)], -1)
+        ranges = torch.stack(
+            [_count(positions, self.first_open, right=False), _count(positions, start, right=False)], -1
+        )
         ranges[..., 1] = torch.maximum(ranges[..., 0], ranges[..., 1])
         ranges.masked_fill_((self.q_ids >= pattern.num_blocks)[:, None], 0)
         covered = pattern.offset_table().to(torch.int8).contiguous()

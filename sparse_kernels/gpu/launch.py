@@ -27,9 +27,23 @@ COLUMN_PROGRAMS = 2048
 PARTIAL_BYTES = 1 << 28
 
 
+def check_shapes(q: Tensor, k: Tensor, view: ShardView) -> None:
+    """ValueError for tensors that are not those of the view."""
+    pattern = view.pattern
+    for name, tensor, blocks in (("q", q, view.q_blocks), ("k", k, view.k_blocks)):
+        if blocks is not None and tensor.shape[1] != len(blocks) * pattern.block:
+            held = f"{name} holds {tensor.shape[1]} tokens, the view {len(blocks)} blocks of {pattern.block}"
+            raise ValueError(f"{held}: pad {name} to whole blocks")
+    if pattern.device != q.device:
+        raise ValueError(f"the pattern is on {pattern.device} and q on {q.device}; use pattern.to({str(q.device)!r})")
+
+
 def start(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
-    """Every launch goes through here, so that a test can see what would be launched."""
-    kernel[grid](**arguments)
+    """Every launch goes through here, so that a test can see what would be launched.
+
+    Multiply and add are fused explicitly: newer Triton versions no longer do so by default.
+    """
+    kernel[grid](**arguments, enable_fp_fusion=True)
 
 
 def compute_major(device: torch.device) -> int:
@@ -56,15 +70,8 @@ class Call:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, view: ShardView) -> Call:
-        """Checks the shapes; the index of the view is built on first use and kept on it."""
-        batch, length, heads, head_dim = q.shape
-        block = view.pattern.block
-        if length != len(view.q_blocks) * block:
-            raise ValueError(f"q holds {length} tokens, the view {len(view.q_blocks)} blocks of {block}: pad q to whole blocks")
-        if view.k_blocks is not None and k.shape[1] != len(view.k_blocks) * block:
-            raise ValueError(f"k holds {k.shape[1]} tokens, the view {len(view.k_blocks)} blocks of {block}: pad k to whole blocks")
-        if view.pattern.device != q.device:
-            raise ValueError(f"the pattern is on {view.pattern.device} and q on {q.device}; use pattern.to({str(q.device)!r})")
+        """The index of the view is built on first use and kept on it."""
+        batch, _, heads, head_dim = q.shape
         major = compute_major(q.device)
         index = DeviceIndex.of(view, q.device)
         upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16
@@ -125,16 +132,20 @@ class Call:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carry: State | None) -> State:
     """(out, lse), float32. See `Backend.forward`."""
+    check_shapes(q, k, view)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    if not q.shape[1] or not k.shape[1]:
+        return (out.zero_(), lse.fill_(-torch.inf)) if carry is None else (out.copy_(carry[0]), lse.copy_(carry[1]))
     q, k, v = (_rows_last(t) for t in (q, k, v))
     call = Call.of(q, k, view)
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty(call.batch, call.heads, q.shape[1], dtype=torch.float32, device=q.device)
     carry_out, carry_lse = (out, lse) if carry is None else (t.to(torch.float32).contiguous() for t in carry)
     tile = call.tile("forward")
     grid = (call.group * (q.shape[1] // tile.m), call.kv_heads, call.batch)
     with _device_of(q):
         start(
-            kernels_forward.forward_kernel, grid, q=q, k=k, v=v, out=out, lse=lse, carry_out=carry_out, carry_lse=carry_lse, scale2=scale * LOG2E,
+            kernels_forward.forward_kernel, grid,
+            q=q, k=k, v=v, out=out, lse=lse, carry_out=carry_out, carry_lse=carry_lse, scale2=scale * LOG2E,
             HAS_CARRY=carry is not None,
             **call.query_arguments(), **_strides(q=q, k=k, v=v), **call.constants(tile),
         )  # fmt: skip
@@ -145,6 +156,9 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, view: ShardView, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), float32. See `Backend.backward`."""
+    check_shapes(q, k, view)
+    if not q.shape[1] or not k.shape[1]:
+        return tuple(torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, k))  # type: ignore[return-value]
     dout, q, k, v, out = (_rows_last(t) for t in (dout, q, k, v, out))
     # Products of mixed dtypes do not exist; the gradient of a cast output has the dtype of q already.
     dout = dout.to(q.dtype)
@@ -169,7 +183,8 @@ def _delta(dout: Tensor, out: Tensor, call: Call) -> Tensor:
     rows = dout.shape[1]
     delta = torch.empty(call.batch, call.heads, rows, dtype=torch.float32, device=dout.device)
     start(
-        kernels_backward.delta_kernel, (-(-rows // 64), call.heads, call.batch), dout=dout, out=out, delta=delta, total_rows=rows, num_heads=call.heads, **_strides(dout=dout, out=out),
+        kernels_backward.delta_kernel, (-(-rows // 64), call.heads, call.batch),
+        dout=dout, out=out, delta=delta, total_rows=rows, num_heads=call.heads, **_strides(dout=dout, out=out),
         D=call.head_dim, DP=padded_head_dim(call.head_dim), BM=64,
     )  # fmt: skip
     return delta
@@ -182,21 +197,32 @@ def _query_gradient(
     tile = call.tile("dq")
     grid = (call.group * (q.shape[1] // tile.m), call.kv_heads, call.batch)
     start(
-        kernels_backward.dq_kernel, grid, q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dq=dq, scale=scale, scale2=scale * LOG2E,
+        kernels_backward.dq_kernel, grid,
+        q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dq=dq, scale=scale, scale2=scale * LOG2E,
         **call.query_arguments(), **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
     )  # fmt: skip
     return dq
 
 
 def _block_gradient(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, call: Call, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    call: Call,
+    scale: float,
 ) -> None:
     """Writes every row of dk and dv."""
     tile, index = call.tile("dkdv"), call.index
     tiles = index.key_tiles
     grid = (k.shape[1] // tile.n, call.kv_heads, call.batch)
     start(
-        kernels_backward.dkdv_kernel, grid, q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, entries=tiles.entries, bounds=tiles.bounds,
+        kernels_backward.dkdv_kernel, grid,
+        q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, entries=tiles.entries, bounds=tiles.bounds,
         k_ids=index.k_ids, doc_start=index.q_ids if index.doc_start is None else index.doc_start,
         q_blocks=index.num_q, k_blocks=index.num_k, num_heads=call.heads, num_entries=tiles.entries.shape[-1],
         seq_len=index.view.pattern.seq_len, scale=scale, scale2=scale * LOG2E, LISTED=tiles.listed,
@@ -205,7 +231,16 @@ def _block_gradient(
 
 
 def _column_gradient(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, call: Call, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    call: Call,
+    scale: float,
 ) -> None:
     """Adds the columns to dk and dv."""
     tile, index = call.tile("columns"), call.index
@@ -217,9 +252,16 @@ def _column_gradient(
         torch.empty(splits, call.batch, call.heads, slots, call.head_dim, dtype=torch.float32, device=q.device)
         for _ in range(2)
     ]
-    shared = {"column_rows": columns.rows, "counts": columns.counts, "num_heads": call.heads, "num_columns": slots, "splits": splits}
+    shared = {
+        "column_rows": columns.rows,
+        "counts": columns.counts,
+        "num_heads": call.heads,
+        "num_columns": slots,
+        "splits": splits,
+    }
     start(
-        kernels_columns.column_kernel, (tiles * splits, call.heads, call.batch), q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, part_k=parts[0], part_v=parts[1], positions=columns.positions,
+        kernels_columns.column_kernel, (tiles * splits, call.heads, call.batch),
+        q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, part_k=parts[0], part_v=parts[1], positions=columns.positions,
         tile_ranges=index.column_tile_ranges(tile.n), covered=columns.covered, order=index.order, ordered_ids=index.ordered_ids,
         doc_start=index.q_ids if index.doc_start is None else index.doc_start, q_blocks=index.num_q,
         num_blocks=index.view.pattern.num_blocks, scale2=scale * LOG2E,
@@ -227,7 +269,8 @@ def _column_gradient(
     )  # fmt: skip
     for member in range(call.group):
         start(
-            kernels_columns.fold_kernel, (-(-slots // FOLD_ROWS), call.kv_heads, call.batch), part_k=parts[0], part_v=parts[1], dk=dk, dv=dv, member=member, key_rows=call.key_rows, scale=scale,
+            kernels_columns.fold_kernel, (-(-slots // FOLD_ROWS), call.kv_heads, call.batch),
+            part_k=parts[0], part_v=parts[1], dk=dk, dv=dv, member=member, key_rows=call.key_rows, scale=scale,
             **shared, G=call.group, D=call.head_dim, DP=padded_head_dim(call.head_dim), BN=FOLD_ROWS,
         )  # fmt: skip
 
@@ -241,7 +284,9 @@ def column_splits(call: Call, tiles: int, slots: int) -> int:
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """<name>_batch, _row, _head of tensors [B, rows, heads, D]."""
-    return {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate(("batch", "row", "head"))}
+    return {
+        f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate(("batch", "row", "head"))
+    }
 
 
 def _rows_last(x: Tensor) -> Tensor:

@@ -51,14 +51,19 @@ def structured_launches(
     columns = torch.arange(32, dtype=torch.int32).expand(1, 8, 32).contiguous()
     diagonals = torch.arange(2, dtype=torch.int32).expand(1, 8, 2).contiguous()
     doc_start = torch.zeros(1, size, dtype=torch.int64) if documents else None
-    view = ShardView(SparsePattern(size, block, columns, diagonals), every, keys, inline_columns=True, doc_start=doc_start)
+    view = ShardView(
+        SparsePattern(size, block, columns, diagonals), every, keys, inline_columns=True, doc_start=doc_start
+    )
     q, k = (torch.zeros(1, size, heads, head_dim, dtype=dtype) for heads in (8, 2))
     out, lse = torch.zeros(q.shape), torch.zeros(1, 8, size)
 
     def record(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
         found.append(Recorded(kernel, {**arguments, "UPCAST": False}))
 
-    with mock.patch.object(launch, "start", record), mock.patch.object(launch, "compute_major", lambda _: capability // 10):
+    with (
+        mock.patch.object(launch, "start", record),
+        mock.patch.object(launch, "compute_major", lambda _: capability // 10),
+    ):
         launch.forward(q, k, k, view, 1.0, (out, lse))
         launch.backward(q, q, k, k, out, lse, view, 1.0)
     seen = set()

@@ -118,7 +118,9 @@ def column_keep(positions, covered, index, live, q_id, doc, PB: tl.constexpr, HA
 
 
 @triton.jit
-def tile_keep(q_id, k_ids, k_slot, k_inner, position, doc, CAUSAL: tl.constexpr, HAS_DOCS: tl.constexpr, PB: tl.constexpr):
+def tile_keep(
+    q_id, k_ids, k_slot, k_inner, position, doc, CAUSAL: tl.constexpr, HAS_DOCS: tl.constexpr, PB: tl.constexpr
+):
     """bool [queries, keys] of a tile that needs a mask: the diagonal tile, or one in which a document starts."""
     if CAUSAL:
         k_position = q_id * PB + k_inner
@@ -170,7 +172,7 @@ def forward_kernel(
     most work, start first.
     """
     pid, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1) * G + pid % G
+    head = (tl.program_id(1) * G + pid % G).to(tl.int64)
     tile = q_blocks * (PB // BM) - 1 - pid // G
     q_slot, q_sub = tile // (PB // BM), tile % (PB // BM)
     q_id = tl.load(q_ids + q_slot)
@@ -229,9 +231,12 @@ def forward_kernel(
     if HAS_COLUMNS:
         for start in range(first_column, last_column, BN):
             lane = start + tl.arange(0, BN)
-            column = bh * num_columns + tl.minimum(lane, last_column - 1)  # lanes beyond the end repeat the last one, masked
+            # Lanes beyond the end repeat the last column, masked.
+            column = bh * num_columns + tl.minimum(lane, last_column - 1)
             k_rows = tl.load(column_rows + column)
-            keep = column_keep(positions, covered + bh * num_blocks, column, lane < last_column, q_id, doc, PB, HAS_DOCS)
+            keep = column_keep(
+                positions, covered + bh * num_blocks, column, lane < last_column, q_id, doc, PB, HAS_DOCS
+            )
             keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
             values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
             acc, total, top = attend(acc, total, top, queries, keys, values, scale2, keep, True, PRECISION)

@@ -94,11 +94,21 @@ def test_blocks_cut_into_tiles(tile: tuple[int, int], documents: float, monkeypa
     assert_same(run(case), truth_of(case))
 
 
-@pytest.mark.parametrize("with_columns", [False, True], ids=["inline", "gathered"])
-@pytest.mark.parametrize("placement", ["striped", "zigzag", "random", "uneven"])
-@pytest.mark.parametrize("documents", [0.0, 0.05], ids=["one", "documents"])
+@pytest.mark.parametrize(
+    ("placement", "documents", "with_columns"),
+    [
+        ("striped", 0.0, False),
+        ("striped", 0.05, True),
+        ("zigzag", 0.0, True),
+        ("zigzag", 0.05, False),
+        ("random", 0.05, True),
+        ("random", 0.05, False),
+        ("uneven", 0.0, True),
+        ("uneven", 0.05, False),
+    ],
+)
 def test_disjoint_views_add_up(
-    documents: float, placement: str, with_columns: bool, monkeypatch: pytest.MonkeyPatch
+    placement: str, documents: float, with_columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Like a ring: state carried from shard to shard, padding blocks with junk, progressions and arbitrary placements."""
     case = make_case(11, 300, 32, columns=30, kv_heads=1, group=2, documents=documents, diagonals=4, head_dim=16)
@@ -167,6 +177,42 @@ def test_a_view_without_any_pair_changes_nothing() -> None:
     assert all(torch.equal(g, torch.zeros_like(g)) for g in TRITON.backward(q, q, k, k, out, lse, view, 1.0))
 
 
+@pytest.mark.parametrize("empty", ["queries", "keys", "columns"])
+def test_empty_shards(empty: str) -> None:
+    """A shard without blocks, or a store without columns: nothing changes, shapes are kept."""
+    case = make_case(14, 64, 16, columns=3, head_dim=16)
+    nothing, some = torch.arange(0), torch.arange(2)
+    q_blocks = nothing if empty == "queries" else some
+    if empty == "columns":
+        view = ShardView(case.pattern, q_blocks, column_positions=torch.zeros(1, 2, 0, dtype=torch.int64))
+    else:
+        view = ShardView(case.pattern, q_blocks, k_blocks=some if empty == "queries" else nothing, inline_columns=True)
+    q, k = case.q[:, : len(q_blocks) * 16].float(), case.k[:, : 32 if empty == "queries" else 0].float()
+    out, lse = TRITON.forward(q, k, k, view, 1.0)
+    assert out.shape == q.shape and bool((out == 0).all()) and bool((lse == -torch.inf).all())
+    carried = TRITON.forward(q, k, k, view, 1.0, (q, torch.ones_like(lse)))
+    assert torch.equal(carried[0], q) and bool((carried[1] == 1).all())
+    dq, dk, dv = TRITON.backward(q, q, k, k, out, lse, view, 1.0)
+    assert dq.shape == q.shape and dk.shape == dv.shape == k.shape and not dq.any() and not dk.any() and not dv.any()
+
+
+def test_the_index_never_reads_the_device() -> None:
+    """Built on the meta device, where there is nothing to read."""
+    pattern = make_case(13, 300, 16, columns=40, diagonals=7, head_dim=16).pattern.to("meta")
+    stripes, mixed = torch.arange(1, 19, 3), torch.tensor([1, 5, 2, 9, 30, 0])
+    start, held = (
+        torch.zeros(1, 96, dtype=torch.int64, device="meta"),
+        torch.zeros(1, 2, 50, dtype=torch.int64, device="meta"),
+    )
+    for keys in ({"k_blocks": stripes}, {"k_blocks": mixed}, {"column_positions": held}):
+        for doc_start in (None, start):
+            view = ShardView(pattern, stripes, **keys, inline_columns="k_blocks" in keys, doc_start=doc_start)
+            index = DeviceIndex.of(view, torch.device("meta"))
+            assert index.columns.ranges.is_meta and index.column_tile_ranges(64).shape == (1, 2, 1, 2)
+            if "k_blocks" in keys:
+                assert index.query_tiles.bounds.shape == index.key_tiles.bounds.shape == (1, 2, 6, 4)
+
+
 def test_rows_without_keys_anywhere() -> None:
     """Columns only, with documents: some rows have no key at all. Out 0, lse -inf, gradients exactly 0."""
     case = make_case(15, 100, 16, columns=30, documents=0.04, head_dim=16)
@@ -198,7 +244,9 @@ def test_keys_outside_the_pattern_are_not_read() -> None:
     q, dout = case.q[:, 144:].float(), case.dout[:, 144:].float()
     k, v = (t.masked_fill(unread.transpose(1, 2)[..., None], torch.nan).float() for t in (case.k, case.v))
     out, lse = TRITON.forward(q, k, v, view, case.scale)
-    assert_same([out[:, :6], lse[:, :, :6]] + wanted[2:], [wanted[0][:, 144:150], wanted[1][:, :, 144:150]] + wanted[2:])
+    assert_same(
+        [out[:, :6], lse[:, :, :6]] + wanted[2:], [wanted[0][:, 144:150], wanted[1][:, :, 144:150]] + wanted[2:]
+    )
     assert not any(g.isnan().any() for g in TRITON.backward(dout, q, k, v, out, lse, view, case.scale))
 
 
