@@ -205,9 +205,9 @@ def index_cost(pattern: SparsePattern, tensors: tuple[Tensor, ...], settings: Se
         min(pattern.columns.shape[2], settings.length // 2), min(pattern.diagonals.shape[2], pattern.num_blocks)
     )
 
-    def estimate() -> None:
+    def estimate() -> SparsePattern:
         with torch.no_grad():
-            estimate_vertical_slash(q, k, budget=budget, block=pattern.block, sink=SINK, local=pattern.block)
+            return estimate_vertical_slash(q, k, budget=budget, block=pattern.block, sink=SINK, local=pattern.block)
 
     def build() -> DeviceIndex:
         view = ShardView(pattern, every, k_blocks=every, inline_columns=True)
@@ -249,18 +249,21 @@ def bytes_of(thing: Any, seen: dict[int, bool]) -> int:
     return 0
 
 
-def host_syncs(pattern: SparsePattern, tensors: tuple[Tensor, ...], settings: Settings) -> str:
-    """ "none" when forward and backward run with synchronisation forbidden, else the first complaint."""
+def host_syncs(estimate: Callable[[], SparsePattern], tensors: tuple[Tensor, ...], settings: Settings) -> str:
+    """ "none" when estimation, index, forward and backward run with waiting forbidden, else the first complaint."""
     if settings.device.type == "cpu":
         return "not on CUDA"
-    attend = contestants.ours(pattern)
-    one_round(attend, tensors, settings.backward)  # compiles
     q, k, v, dout = tensors
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        out = attend(q, k, v)
+
+    def step() -> None:
+        out = contestants.ours(estimate())(q, k, v)
         if settings.backward:
             torch.autograd.grad(out, (q, k, v), dout)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
     except RuntimeError as error:
         return str(error).splitlines()[0][:120]
     finally:

@@ -46,7 +46,7 @@ class ColumnLists:
 
     Attributes:
         position: int32 [B, H, C], global position, ascending, padded with seq_len.
-        row: int32 [B, H, C], row of k and v that holds the column; -1: not in this view, padding or repeated.
+        row: int32 [B, H, C], row of k and v that holds the column; -1: not in this view, or padding.
         before: int32 [B, H, nq], how many columns lie before a query block: the only ones that its block part cannot hold.
         first: int32 [B, H, C], number of live query blocks (ascending by id) that a column lies behind or in.
         order: int32 [nq], query slots ascending by block id, padding last.
@@ -209,9 +209,7 @@ def _column_lists(view: ShardView, pattern: SparsePattern, q_ids: Tensor) -> Col
         row = _inline_rows(view, columns)
     else:
         row = _gathered_rows(gathered.to(columns.device), columns, pattern.seq_len)
-    again = torch.zeros_like(columns, dtype=torch.bool)
-    again[..., 1:] = columns[..., 1:] == columns[..., :-1]
-    row = torch.where(again | (columns >= pattern.seq_len), -1, row)
+    row = torch.where(columns >= pattern.seq_len, -1, row)
     number = pattern.num_blocks
     # Padding slots get no columns. Kept in int32: positions fit, and a slot's id times the block might not for padding ids.
     ends = (torch.where(q_ids < number, q_ids, 0) * block).expand(*columns.shape[:2], -1).contiguous()
