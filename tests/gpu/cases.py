@@ -89,8 +89,8 @@ def complaints(case: Case, found: tuple[Tensor, ...]) -> list[str]:
     plain = dense_by_rows(*arguments, dtype=case.q.dtype, doc_start=case.doc_start)
     problems = []
     off = float(((found[1].double() - truth[1]).abs() / truth[1].abs().clamp(min=1)).max())
-    if not off <= 2e-5:
-        problems.append(f"lse: relative error {off:.3g}, allowed 2e-5")
+    if not off <= 5e-5:
+        problems.append(f"lse: relative error {off:.3g}, allowed 5e-5")
     for name, at in zip(NAMES, (0, 2, 3, 4), strict=True):
         problem = two_rules(found[at], truth[at], plain[at], gradient=at > 0)
         if problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,9 @@ from tests.gpu.cases import Case, make_case
 def no_waiting() -> Iterator[None]:
     """Any synchronising call raises."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype, once, when it is first set
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
