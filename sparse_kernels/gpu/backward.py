@@ -83,7 +83,7 @@ def dq_kernel(
 
     queries = load_tile(q + batch * q_batch + head * q_head, first, inner, q_row, inner, D, DP, False, UPCAST)
     grads = load_tile(dout + batch * dout_batch + head * dout_head, first, inner, dout_row, inner, D, DP, False, UPCAST)
-    lse2 = load_lse2(lse, bh * total_rows + first + inner)
+    lse2 = load_lse2(lse + bh * total_rows + first, inner)
     row_delta = tl.load(delta + bh * total_rows + first + inner)
     k += batch * k_batch + (head // G) * k_head
     v += batch * v_batch + (head // G) * v_head
@@ -143,7 +143,6 @@ def gradient_of_keys(
         q_slot = entry if LISTED else k_slot + entry
         q_inner = (first_sub + step % subs) * BM + inner
         first = q_slot.to(tl.int64) * PB
-        rows = first + q_inner
         queries = load_tile(q, first, q_inner, q_row, q_inner, D, DP, False, UPCAST)
         grads = load_tile(dout, first, q_inner, dout_row, q_inner, D, DP, False, UPCAST)
         keep = q_inner >= 0
@@ -152,9 +151,9 @@ def gradient_of_keys(
             if CAUSAL:
                 keep = k_position[:, None] <= (k_id * PB + q_inner)[None, :]
             if HAS_DOCS:
-                keep = keep & (k_position[:, None] >= tl.load(doc_start + rows)[None, :])
+                keep = keep & (k_position[:, None] >= tl.load(doc_start + first + q_inner)[None, :])
         dk, dv = key_gradient(
-            dk, dv, queries, k, v, grads, load_lse2(lse, rows), tl.load(delta + rows), scale2, keep, MASKED, PRECISION)  # fmt: skip
+            dk, dv, queries, k, v, grads, load_lse2(lse + first, q_inner), tl.load(delta + first + q_inner), scale2, keep, MASKED, PRECISION)  # fmt: skip
     return dk, dv
 
 

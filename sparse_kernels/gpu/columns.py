@@ -55,15 +55,17 @@ def column_kernel(
     for step in range(low * (PB // BM), high * (PB // BM)):
         q_slot, q_id = tl.load(order + step // (PB // BM)), tl.load(ordered_ids + step // (PB // BM))
         first = q_slot.to(tl.int64) * PB + (step % (PB // BM)) * BM
-        rows = first + inner
         queries = load_tile(q, first, inner, q_row, inner, D, DP, False, UPCAST)
         grads = load_tile(dout, first, inner, dout_row, inner, D, DP, False, UPCAST)
         offset = q_id - home
         keep = (lane < count) & (offset > 0)
         keep = (keep & (tl.load(covered + tl.maximum(offset, 0)) == 0))[:, None]
         if HAS_DOCS:
-            keep = keep & (position[:, None] >= tl.load(doc_start + batch * total_rows + rows)[None, :])
-        lse2, row_delta = load_lse2(lse, bh * total_rows + rows), tl.load(delta + bh * total_rows + rows)
+            keep = keep & (position[:, None] >= tl.load(doc_start + batch * total_rows + first + inner)[None, :])
+        lse2, row_delta = (
+            load_lse2(lse + bh * total_rows + first, inner),
+            tl.load(delta + bh * total_rows + first + inner),
+        )
         acc_k, acc_v = key_gradient(
             acc_k, acc_v, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)  # fmt: skip
     # Every lane has its own place: those beyond the count lie in the padding of the list.
