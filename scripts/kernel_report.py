@@ -16,6 +16,7 @@ import triton
 from sparse_kernels.gpu.general_recorded import general_launches
 from sparse_kernels.gpu.recorded import Recorded, structured_launches
 from sparse_kernels.gpu.resources import SHARED_LIMIT
+from sparse_kernels.gpu.score_recorded import score_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,6 +27,7 @@ def rows(capabilities: list[int], head_dims: list[int], dtypes: list[str], block
         structured = structured_launches(capability, head_dim, DTYPES[dtype], block, documents=True)
         general = general_launches(capability, head_dim, DTYPES[dtype], block)
         launches: list[tuple[str, Recorded]] = [("", x) for x in structured] + [("general ", x) for x in general]
+        launches += [("probe ", x) for x in score_launches(head_dim, DTYPES[dtype], block)]
         for kind, launched in launches:
             found = launched.measure(capability)
             cells = (
