@@ -1,8 +1,10 @@
 """Speed of the Triton kernels against the dense kernels of this machine, over density and sequence length.
 
-    python scripts/bench_kernels.py                  # everything, needs a CUDA device; writes benchmarks/kernels.{json,md,png}
-    python scripts/bench_kernels.py --quick          # 8K, 32K and 128K tokens only
+    python scripts/bench_kernels.py                  # everything on a CUDA device; writes benchmarks/kernels.{json,md,png}
+    python scripts/bench_kernels.py --quick          # 8K, 32K and 128K tokens only, some minutes
     python scripts/bench_kernels.py --smoke          # tiny, on the CPU in Triton's interpreter: tests the script, measures nothing
+
+The whole is expected to take the better part of an hour on an H200: 512K dense tokens are 8 PFLOP forward and backward.
 
 Contestants run in one process and take turns round by round; medians of CUDA-event times are compared. Before any speed is
 printed, every pattern is checked: a short copy against float64 by the two rules of `sparse_kernels.accuracy`, and at full length
@@ -71,6 +73,8 @@ def main() -> int:
         shapes, lengths = [Shape(32, 8, 128, 128), Shape(16, 2, 128, 128)], options.lengths or LENGTHS
         lengths = QUICK if options.quick and not options.lengths else lengths
     densities = sorted({1.0, *options.densities}, reverse=True)
+    path = options.out or (None if options.smoke else ROOT / "benchmarks" / "kernels")
+    facts = report.environment(device, options.smoke)
     results: list[dict[str, Any]] = []
     for shape in shapes:
         for length in lengths:
@@ -85,15 +89,16 @@ def main() -> int:
                 )
                 return 1
             results += measure.measure(settings)
+            text = report.markdown(results, facts, smoke=options.smoke)
+            if path is not None:  # after every length, so that a run that is cut short leaves what it has
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".json").write_text(
+                    json.dumps({"environment": facts, "results": results}, indent=1) + "\n"
+                )
+                path.with_suffix(".md").write_text(text)
             print(report.progress(results[-1], options.smoke), flush=True)
-    facts = report.environment(device, options.smoke)
-    text = report.markdown(results, facts, smoke=options.smoke)
     print(text)
-    path = options.out or (None if options.smoke else ROOT / "benchmarks" / "kernels")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps({"environment": facts, "results": results}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
         print(report.plot(results, path.with_suffix(".png"), smoke=options.smoke))
     return 0
 
