@@ -152,8 +152,8 @@ def gradient_of_keys(
                 keep = k_position[:, None] <= (k_id * PB + q_inner)[None, :]
             if HAS_DOCS:
                 keep = keep & (k_position[:, None] >= tl.load(doc_start + first + q_inner)[None, :])
-        dk, dv = key_gradient(
-            dk, dv, queries, k, v, grads, load_lse2(lse + first, q_inner), tl.load(delta + first + q_inner), scale2, keep, MASKED, PRECISION)  # fmt: skip
+        lse2, row_delta = load_lse2(lse + first, q_inner), tl.load(delta + first + q_inner)
+        dk, dv = key_gradient(dk, dv, queries, k, v, grads, lse2, row_delta, scale2, keep, MASKED, PRECISION)
     return dk, dv
 
 

@@ -274,6 +274,29 @@ def test_splits_of_the_column_gradient(splits: int, monkeypatch: pytest.MonkeyPa
     assert_same(run(case), truth_of(case))
 
 
+def test_delta_is_computed_once_per_ring_and_anew_when_its_inputs_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(23, 64, 32, head_dim=16)
+    q, k, v, dout = (t.float() for t in (case.q, case.k, case.v, case.dout))
+    names: list[str] = []
+    original = launch.start
+
+    def counted(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
+        names.append(kernel.fn.__name__)
+        original(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "start", counted)
+    view = case.whole()
+    out, lse = TRITON.forward(q, k, v, view, case.scale)
+    first = TRITON.backward(dout, q, k, v, out, lse, view, case.scale)
+    again = TRITON.backward(dout, q, k, v, out, lse, view, case.scale)
+    assert names.count("delta_kernel") == 1
+    dout.mul_(2)
+    doubled = TRITON.backward(dout, q, k, v, out, lse, view, case.scale)
+    assert names.count("delta_kernel") == 2
+    for a, b, c in zip(first, again, doubled, strict=True):
+        assert torch.equal(a, b) and torch.equal(2 * a, c)
+
+
 def test_strided_inputs() -> None:
     """Slices of heads and rows, as the ring passes them, and a layout whose numbers of a head are not neighbours."""
     case = make_case(20, 100, 32, columns=10, group=2, head_dim=16)
