@@ -21,18 +21,27 @@ def reason_to_skip(interpret: bool) -> str | None:
     return None
 
 
-class SkippedModule(pytest.Module):
-    """A test file that is reported as skipped without being imported, because its kernels would be decorated wrongly."""
+class SkippedFile(pytest.File):
+    """A test file that is skipped without being imported, because its kernels would be decorated wrongly."""
 
     reason = ""
 
     def collect(self) -> Iterable[pytest.Item]:
-        """Nothing but the reason."""
-        pytest.skip(self.reason, allow_module_level=True)
+        """One item that skips: a run that collects no test at all would count as failed."""
+        yield _Skipped.from_parent(self, name="all")
 
     @classmethod
-    def of(cls, parent: pytest.Collector, path: Path, reason: str) -> SkippedModule:
+    def of(cls, parent: pytest.Collector, path: Path, reason: str) -> SkippedFile:
         """The stand-in for the test file ``path``."""
-        module: SkippedModule = cls.from_parent(parent, path=path)
-        module.reason = reason
-        return module
+        file: SkippedFile = cls.from_parent(parent, path=path)
+        file.reason = reason
+        return file
+
+
+class _Skipped(pytest.Item):
+    def runtest(self) -> None:
+        assert isinstance(self.parent, SkippedFile)
+        pytest.skip(self.parent.reason)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, self.nodeid
