@@ -51,7 +51,7 @@ _DQ: dict[Key, tuple[Tile, ...]] = {
     (9, 128, 4): (Tile(16, 32, 4, 1),),
 }
 _DKDV: dict[Key, tuple[Tile, ...]] = {
-    (8, 64, 2): (Tile(64, 128, 8, 2),),
+    (8, 64, 2): (Tile(32, 128, 8, 3),),
     (8, 128, 2): (Tile(64, 64, 8, 2),),
     (9, 64, 2): (Tile(64, 128, 8, 2),),
     (9, 128, 2): (Tile(32, 128, 8, 3),),
@@ -60,7 +60,7 @@ _DKDV: dict[Key, tuple[Tile, ...]] = {
     (9, 64, 4): (Tile(32, 32, 8, 2),),
     (9, 128, 4): (Tile(32, 16, 8, 1),),
 }
-_COLUMNS = {**_DKDV, (8, 64, 2): (Tile(64, 64, 8, 2),), (9, 128, 2): (Tile(64, 64, 8, 2),)}
+_COLUMNS = {**_DKDV, (8, 64, 2): (Tile(32, 64, 8, 2),), (9, 128, 2): (Tile(64, 64, 8, 2),)}
 # Per kernel and device the tiles to choose from: the first whose query rows fit the pattern block.
 TABLE = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "columns": _COLUMNS}
 

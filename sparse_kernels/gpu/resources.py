@@ -5,6 +5,7 @@ Works on any machine with Triton, because ptxas comes with it. Needs a process t
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -100,8 +101,10 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
+        # Triton 3.4 has one assembler for all targets and takes no argument.
+        tool = get_ptxas(*[capability][: len(inspect.signature(get_ptxas).parameters)])
         command = [
-            get_ptxas(capability).path,
+            tool.path,
             "-v",
             f"--gpu-name={architecture[1]}",
             str(source),
