@@ -19,8 +19,15 @@ from sparse_kernels.pattern import SparsePattern
 from sparse_kernels.reference import accumulation_dtype
 from sparse_kernels.view import ShardView
 
+# Written out, because not every torch infers it from annotations.
+_PATTERN = "Tensor?[] index, SymInt[] sizes, float scale, str backend"
 
-@torch.library.custom_op("sparse_kernels::attention", mutates_args=())
+
+@torch.library.custom_op(
+    "sparse_kernels::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor)",
+)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -49,7 +56,11 @@ def attention(
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op("sparse_kernels::attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "sparse_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PATTERN}) -> (Tensor, Tensor, Tensor)",
+)
 def attention_backward(
     dout: Tensor,
     q: Tensor,
