@@ -49,7 +49,7 @@ def main() -> None:
     """Print the table; write it too when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 96, 128])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(DTYPES))
     parser.add_argument("--block", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
