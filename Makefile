@@ -6,8 +6,11 @@ VENV ?= .venv
 # `make env CONSTRAINTS=`.
 CONSTRAINTS ?= -c constraints.txt
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+TRITON_TESTS := triton_interpret triton_compile
 STAMP := $(VENV)/.installed
 
 # One thread per process: ranks share the cores, and waiting ranks must not spin on them. Nothing is downloaded but packages.
@@ -17,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test check lint format gpu exactness bench clean
+.PHONY: help env quickstart test test-cpu test-interpret test-compile check lint format gpu sanitize exactness bench clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,11 +37,21 @@ $(STAMP): setup.py pyproject.toml $(wildcard constraints.txt)
 quickstart: env ## a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin
 	$(BIN)/python -m mtrain quickstart
 
-test: env ## every test that can run on this machine (README's test command; CI runs it)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS) tests
+test: env test-cpu test-interpret test-compile ## every test that can run on this machine (README's test command; CI runs it)
+
+# Triton decides once per process whether kernels are interpreted or compiled, hence three runs. Without triton the last two
+# report their files as skipped.
+test-cpu: env
+	$(PYTEST) $(foreach folder,$(TRITON_TESTS),--ignore=tests/$(folder)) tests
+
+test-interpret: env ## the Triton kernels in Triton's interpreter, on the CPU
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) tests/triton_interpret
+
+test-compile: env ## the Triton kernels compiled for GPUs that need not be here
+	env -u TRITON_INTERPRET $(PYTEST) tests/triton_compile
 
 check: lint ## before a commit: lint, types and the quick tests
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS) tests
+	$(PYTEST) -m "not slow and not gpu" $(foreach folder,$(TRITON_TESTS),--ignore=tests/$(folder)) tests
 
 lint: env ## ruff and mypy
 	$(BIN)/ruff check .
@@ -49,8 +62,12 @@ format: env ## wrap and sort as ruff does
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-gpu: env ## the tests that need a CUDA device
+gpu: env ## everything that needs a CUDA device: the tests, then the benchmark of the kernels
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
+	$(BIN)/python scripts/bench_kernels.py $(BENCH_ARGS)
+
+sanitize: env ## every GPU kernel on a small case under compute-sanitizer (comes with the CUDA toolkit)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m tests.gpu.small_case
 
 exactness: env ## print the exactness matrix: every pattern, layout, schedule and topology against the float64 truth
 	$(BIN)/python scripts/exactness.py

@@ -24,7 +24,16 @@ extras = {
     "deepspeed": ["deepspeed>=0.18"],
     "eval": ["lm-eval>=0.4.9", "wonderwords>=2.2", "nltk>=3.9"],
     "plot": ["matplotlib>=3.8"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "matplotlib>=3.8"],
+    # Triton's interpreter and compiler need no GPU: the kernels are tested everywhere.
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff>=0.9",
+        "mypy>=1.13",
+        "types-PyYAML",
+        "matplotlib>=3.8",
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
 }
 
 setup(

@@ -81,7 +81,7 @@ def ring_attention(
         layout=layout,
         doc_start=doc_start,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        backend=resolve_backend(backend, q.device, q.dtype, q.shape[-1]),
+        backend=resolve_backend(backend, q.device, q.dtype, q.shape[-1], dense=pattern.full and doc_start is None),
         # Alone there is nothing to pass around: one call over all keys.
         gather=schedule == "gather" or ring.world_size == 1,
     )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sparse_kernels.backends import Backend, resolve_backend
+from sparse_kernels.ops import attention, flatten
 from sparse_kernels.pattern import SparsePattern, pad_doc_start
-from sparse_kernels.view import ShardView
 
 
 def sparse_attention(
@@ -46,14 +42,13 @@ def sparse_attention(
     """
     check_shapes(q, k, v, pattern)
     check_scale(scale)
-    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1])
-    blocks = torch.arange(pattern.num_blocks)
-    view = ShardView(pattern, blocks, k_blocks=blocks, inline_columns=True, doc_start=pad_doc_start(doc_start, pattern))
+    index, sizes = flatten(pattern, pad_doc_start(doc_start, pattern))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     missing = pattern.num_blocks * pattern.block - pattern.seq_len
-    q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t for t in (q, k, v))
-    out, lse = _SparseAttention.apply(q, k, v, view, scale, chosen)
-    out = out[:, : pattern.seq_len]
+    if missing:
+        q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing)) for t in (q, k, v))
+    out, lse = attention(q, k, v, index, sizes, scale, backend)
+    out = out[:, : pattern.seq_len].to(q.dtype)
     return (out, lse[:, :, : pattern.seq_len]) if return_lse else out
 
 
@@ -82,28 +77,3 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(
             f"scale multiplies the attention scores and must be above 0, got {scale}; leave it out for D^-0.5"
         )
-
-
-class _SparseAttention(torch.autograd.Function):
-    """Forward and backward of one view that holds all keys of its queries."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, backend: Backend
-    ) -> tuple[Tensor, Tensor]:
-        # The reference backend multiplies matrices, which autocast would do in bfloat16.
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = backend.forward(q, k, v, view, scale)
-        # Backward gets the float32 out: rowsum(dout * out) must fit the probabilities that lse describes.
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.view, ctx.scale, ctx.backend = view, scale, backend
-        ctx.mark_non_differentiable(lse)
-        return out.to(q.dtype), lse
-
-    @staticmethod
-    @once_differentiable  # out and lse are constants here, so a second derivative would be wrong without a word
-    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = ctx.backend.backward(dout.contiguous(), q, k, v, out, lse, ctx.view, ctx.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None

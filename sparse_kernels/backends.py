@@ -19,6 +19,8 @@ class Backend(ABC):
     """Computes one `ShardView`. All running values are float32 (float64 for float64 inputs) and deterministic."""
 
     name: ClassVar[str]
+    # True: computes full views only (the dense causal mask of one document); "auto" takes it only where all views are full.
+    dense_only: ClassVar[bool] = False
 
     @abstractmethod
     def unusable(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -63,8 +65,25 @@ def _cpu() -> Backend:
     return CpuBackend()
 
 
+def _triton() -> Backend:
+    from sparse_kernels.gpu import TritonBackend
+
+    return TritonBackend()
+
+
+def _flash() -> Backend:
+    from sparse_kernels.flash import FlashBackend
+
+    return FlashBackend()
+
+
 # In the order in which "auto" tries them. Factories import their backend only when it is asked for.
-_FACTORIES: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": _reference}
+_FACTORIES: dict[str, Callable[[], Backend]] = {
+    "triton": _triton,
+    "flash": _flash,
+    "cpu": _cpu,
+    "reference": _reference,
+}
 
 
 @cache
@@ -77,13 +96,21 @@ def backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> d
     return {name: _instance(name).unusable(torch.device(device), dtype, head_dim) for name in _FACTORIES}
 
 
-def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The backend of that name, or for "auto" the first usable one. A backend that cannot run is an error, never a switch."""
+def resolve_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, *, dense: bool = False
+) -> Backend:
+    """The backend of that name, or for "auto" the first usable one. A backend that cannot run is an error, never a switch.
+
+    ``dense``: all its views will be full (`SparsePattern.full`, one document), so "auto" may take a backend that computes no
+    others.
+    """
     device = torch.device(device)
     if name == "auto":
         usable = backends(device, dtype, head_dim)
         for candidate, reason in usable.items():
-            if reason is None:
+            if reason is None and not dense and _instance(candidate).dense_only:
+                usable[candidate] = "it computes dense patterns only"
+            elif reason is None:
                 return _instance(candidate)
         reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in usable.items())
         raise ValueError(f"no attention backend can run {dtype} with head_dim {head_dim} on {device} ({reasons})")

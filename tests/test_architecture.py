@@ -26,7 +26,7 @@ TALKS = {"mtrain/comm.py", "mtrain/parallel.py", "mtrain/checkpoint.py"}
 READS_ENVIRONMENT = {"mtrain/parallel.py"}
 # Imported inside the function that needs them; kernels written in Triton have a folder of their own.
 OPTIONAL = {"triton", "flash_attn", "deepspeed", "lm_eval", "matplotlib", "datasets", "tensorboard"}
-TRITON_HOME = "sparse_kernels/triton/"
+TRITON_HOME = "sparse_kernels/gpu/"
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 90
@@ -162,7 +162,7 @@ ALLOWED = [
     (talking, "mtrain/comm.py", "import torch.distributed as dist"),
     (environment, "mtrain/parallel.py", "import os\nos.environ['RANK']"),
     (eager_optional, "mtrain/x.py", "def f():\n    import datasets"),
-    (eager_optional, "sparse_kernels/triton/forward.py", "import triton"),
+    (eager_optional, "sparse_kernels/gpu/forward.py", "import triton"),
     (machine_paths, "README.md", "runs/work/x, ./root/x and https://example.org/home/x"),
 ]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -109,10 +111,13 @@ def smallest_cover(scores: Tensor, p: float, floor: int = 0, cap: int | None = N
 
     Equal scores: lower index first. No host synchronisation, static shapes.
     """
+    # For integers, sum >= p * total and sum >= ceil(p * total) say the same.
+    target = (scores.sum(-1, keepdim=True).double() * p).ceil().long()
+    if _has_kernels(scores.device):
+        limits = (torch.full_like(target, n) for n in (floor, scores.shape[-1] if cap is None else cap))
+        return _choose(scores, target, *limits)
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
-    # For integers, sum >= p * total and sum >= ceil(p * total) say the same.
-    target = (ranked.sum(-1, keepdim=True).double() * p).ceil().long()
     rank = torch.arange(scores.shape[-1], device=scores.device)
     keep = (before < target) | (rank < floor)
     if cap is not None:
@@ -122,10 +127,29 @@ def smallest_cover(scores: Tensor, p: float, floor: int = 0, cap: int | None = N
 
 def largest(scores: Tensor, counts: Tensor) -> Tensor:
     """bool like ``scores`` [n, S]: the ``counts`` [n] largest of each row. Equal scores: lower index first."""
+    counts = upload(counts, scores.device)[:, None]
+    if _has_kernels(scores.device):
+        return _choose(scores, torch.zeros_like(counts), counts, counts)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.arange(scores.shape[-1], device=scores.device)
-    keep = rank < upload(counts, scores.device)[:, None]
+    keep = rank < counts
     return torch.zeros_like(keep).scatter_(-1, order, keep)
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Is a threshold found by kernels, rather than by sorting? On a GPU a sort costs more than everything else here."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _choose(scores: Tensor, target: Tensor, floor: Tensor, cap: Tensor) -> Tensor:
+    """`sparse_kernels.gpu.select.choose` for any leading dimensions; limits [..., 1]."""
+    from sparse_kernels.gpu.select import choose
+
+    rows = scores.reshape(-1, scores.shape[-1])
+    return choose(rows, *(x.reshape(-1) for x in (target, floor, cap))).view(scores.shape)
 
 
 def _counts(name: str, given: int | Sequence[int]) -> int | tuple[int, ...]:

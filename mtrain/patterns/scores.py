@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from mtrain.patterns.documents import Documents, Probes
+from mtrain.patterns.fixed_point import exponential_unit, probability_factor
+from mtrain.patterns.kernel_scores import KernelPass
 from mtrain.patterns.placement import Placement
+from sparse_kernels.gpu.probe import unusable
 from sparse_kernels.pattern import upload
 from sparse_kernels.reference import accumulation_dtype
 
@@ -28,8 +31,6 @@ TILE_TOKENS_ELSEWHERE = 16384
 ALIGN = 16
 # Scores of the local keys are kept between the passes when they fit in this; otherwise they are computed again.
 KEEP_BYTES = 1 << 26
-# Sums must stay exact in float64 too (the coverage target is computed in it).
-MANTISSA = 52
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,12 @@ def probe_scores(
     Communication with W ranks, in bytes handed over per rank: all-reduces of B*R*H*D*4 (probe rows), B*K*Rp*4 (row
     maxima) and B*K*Rp*8 (row sums), and one all-to-all of W*ceil(U/W) * n/b * (b + sum over windows of (b + m - 1)) *
     8, where R are the probe rows, Rp = G*R rounded up to 16, U = B * H (or B * K when shared) and m the rows of a
-    window (float64 inputs: 8 for 4).
+    window (float64 inputs: 8 for 4). On a GPU Triton kernels score (`mtrain.patterns.kernel_scores`): probe rows then travel in
+    the dtype of q, maxima and sums as B*H*R*4 and B*H*R*8.
     """
-    pass_ = _Pass(q, k, probes, documents, placement, scale)
+    # The same choice on every rank: dtypes and shapes are, and a ring has devices of one kind.
+    kernels = unusable(q.device, q.dtype, q.shape[3], placement.block) is None
+    pass_ = (KernelPass if kernels else _Pass)(q, k, probes, documents, placement, scale)
     ring = placement.ring
     peak = ring.all_reduce(pass_.row_maxima(), "max") if ring.world_size > 1 else pass_.row_maxima()
     pass_.peak = peak.masked_fill(peak == -torch.inf, 0)
@@ -118,7 +122,7 @@ class _Pass:
     def row_sums(self) -> Tensor:
         """int64 [B, K, Rp]: each row's sum of exp(logit - peak) over the keys held here, in fixed point."""
         sums = torch.zeros(self.queries.shape[:3], dtype=torch.int64, device=self.q.device)
-        one = 2.0 ** (MANTISSA - self.placement.seq_len.bit_length())
+        one = exponential_unit(self.placement.seq_len)
         for b, h, tile in self._walk():
             sums[b, h] += (self._exponentials(b, h, tile, first=True) * one).long().sum((0, 2))
         return sums
@@ -127,9 +131,7 @@ class _Pass:
         """int64 [B, heads, n / b, b + sum of (b + m - 1)]: per key block the column scores, then each window's scores
         by b + m - 1 distances (see `_distances`)."""
         summed = self.rows * (self.group if share else 1)  # rows whose scores end in one sum, each of mass 1
-        one = MANTISSA - summed.bit_length()
-        unit = 2.0 ** (MANTISSA - self.placement.seq_len.bit_length() + one)
-        factor = torch.where(sums > 0, unit / sums.double(), 0.0).to(self.dtype)
+        factor = probability_factor(sums, self.placement.seq_len, summed).to(self.dtype)
         batch, b_len = self.q.shape[0], self.block
         heads = self.kv_heads if share else self.kv_heads * self.group
         width = b_len + sum(b_len + m - 1 for m in self.probes.sizes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from sparse_kernels import SparsePattern, backends, resolve_backend, sparse_attention
+from sparse_kernels import SparsePattern, backends, gpu, resolve_backend, sparse_attention
 
 
 def test_every_backend_is_listed_with_a_reason() -> None:
@@ -86,6 +87,25 @@ def test_lse_comes_on_request() -> None:
     assert out.shape == q.shape
 
 
+def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reason of its own, on a machine with a GPU made up."""
+    monkeypatch.setattr(gpu, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    usable, cuda = gpu.TritonBackend().unusable, torch.device("cuda")
+    assert usable(cuda, torch.bfloat16, 128) is None and usable(cuda, torch.float32, 96) is None
+    assert "CUDA tensors" in str(usable(torch.device("cpu"), torch.bfloat16, 128))
+    assert "head_dim 80" in str(usable(cuda, torch.bfloat16, 80))
+    assert "float64" in str(usable(cuda, torch.float64, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    assert "7.5 is below 8.0" in str(usable(cuda, torch.bfloat16, 128))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in str(usable(cuda, torch.bfloat16, 128))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(usable(cuda, torch.bfloat16, 128))
+
+
 @pytest.mark.slow
 def test_import_loads_no_backend_and_nothing_of_mtrain() -> None:
     """Importing the package costs torch only; a backend is imported when it is asked for."""
@@ -94,3 +114,11 @@ def test_import_loads_no_backend_and_nothing_of_mtrain() -> None:
     loaded = set(done.stdout.split())
     assert "sparse_kernels.attention" in loaded
     assert not loaded & {"mtrain", "triton", "transformers", "sparse_kernels.cpu", "sparse_kernels.reference_backend"}
+
+
+@pytest.mark.slow
+def test_asking_what_can_run_here_loads_no_triton() -> None:
+    code = "import sparse_kernels, sys, torch; print(sparse_kernels.backends('cpu', torch.float32, 64)); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    reasons, loaded = done.stdout.strip().split("\n")
+    assert "triton" not in loaded.split() and "needs CUDA tensors" in reasons

@@ -1,0 +1,79 @@
+"""Tile shapes, warps and stages per kernel: a checked-in table, never tuned at run time.
+
+Every row was compiled for sm_80 and sm_90 without register spills (tests/triton_compile); none was chosen by a clock, because
+a kernel tuned while it runs makes the times of steps, and the order of additions, differ from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIMS = (64, 96, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_BLOCK = 16  # the smallest side of a tensor-core product
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch shape: query rows m, key rows n, warps and software-pipeline stages of one program."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def within(self, block: int) -> Tile:
+        """The same shape cut so that a tile lies inside one pattern block."""
+        return Tile(min(self.m, block), min(self.n, block), self.warps, self.stages)
+
+
+Key = tuple[int, int, int]  # compute capability major, padded head_dim, bytes per element
+_FORWARD: dict[Key, tuple[Tile, ...]] = {
+    (8, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    (8, 128, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
+    (9, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+    (9, 128, 2): (Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
+    (8, 64, 4): (Tile(32, 32, 8, 2),),
+    (8, 128, 4): (Tile(32, 32, 8, 2),),
+    (9, 64, 4): (Tile(32, 32, 8, 2),),
+    (9, 128, 4): (Tile(32, 32, 8, 2),),
+}
+_DQ: dict[Key, tuple[Tile, ...]] = {
+    (8, 64, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, 128, 2): (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    (9, 64, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (9, 128, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, 64, 4): (Tile(32, 32, 8, 2),),
+    (8, 128, 4): (Tile(16, 32, 4, 1),),
+    (9, 64, 4): (Tile(32, 32, 8, 2),),
+    (9, 128, 4): (Tile(16, 32, 4, 1),),
+}
+_DKDV: dict[Key, tuple[Tile, ...]] = {
+    (8, 64, 2): (Tile(32, 128, 8, 3),),
+    (8, 128, 2): (Tile(64, 64, 8, 2),),
+    (9, 64, 2): (Tile(64, 128, 8, 2),),
+    (9, 128, 2): (Tile(32, 128, 8, 3),),
+    (8, 64, 4): (Tile(32, 32, 8, 2),),
+    (8, 128, 4): (Tile(32, 16, 8, 1),),
+    (9, 64, 4): (Tile(32, 32, 8, 2),),
+    (9, 128, 4): (Tile(32, 16, 8, 1),),
+}
+_COLUMNS = {**_DKDV, (8, 64, 2): (Tile(32, 64, 8, 2),), (9, 128, 2): (Tile(64, 64, 8, 2),)}
+# Per kernel and device the tiles to choose from: the first whose query rows fit the pattern block.
+TABLE = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "columns": _COLUMNS}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next power of two: what a tile holds of a head."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def tile_for(kernel: str, major: int, head_dim: int, itemsize: int, block: int) -> Tile:
+    """The launch shape of a kernel on a device of this compute capability, for patterns of this block.
+
+    Newer devices than the table knows use its newest rows.
+    """
+    tiles = TABLE[kernel][min(major, 9), max(64, padded_head_dim(head_dim)), itemsize]
+    return next((tile for tile in tiles if tile.m <= block), tiles[-1]).within(block)

@@ -1,0 +1,313 @@
+"""The device-side index of a view: which tiles and columns each program reads, built without asking the device anything.
+
+Blocks are diagonals, so neither the rows nor their transpose need a list per block: one sorted list of offsets per head serves
+every query block (key slot = query slot - entry) and every key block (query slot = key slot + entry), when the local blocks are
+an arithmetic progression (the whole sequence, a contiguous or a striped shard). Any other placement gets lists per block, in
+the same order, bounded by min(diagonals, local blocks).
+
+Terms: a slot is the local place of a block, an id its global number. Entries are ordered by block offset, so each block's
+entries are one range [low, high): first the diagonal tile, then tiles that need no mask, then tiles in which a document starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.view import ShardView
+
+BIG = 2**31 - 1  # an entry or position that is in no range
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Where programs of one direction (query blocks, or key blocks) find their tiles.
+
+    Attributes:
+        entries: int32 [B, H, E] (shared by all blocks of a head) or [B, H, blocks, E] (listed: the slots themselves).
+        bounds: int32 [B, H, blocks, 4]: low, end of the diagonal tile, end of the tiles without mask, high.
+        listed: entries are slots, not offsets.
+    """
+
+    entries: Tensor
+    bounds: Tensor
+    listed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The columns that this view holds, compacted per query head.
+
+    Attributes:
+        positions: int32 [B, H, C] ascending global positions, padded with BIG.
+        rows: int32 [B, H, C] their rows in k and v.
+        counts: int32 [B, H].
+        ranges: int32 [B, H, nq, 2]: the columns that a query block may use (before it, not before its documents).
+        covered: int8 [B, H, NB]: is this block offset a diagonal, so that its columns are computed there?
+    """
+
+    positions: Tensor
+    rows: Tensor
+    counts: Tensor
+    ranges: Tensor
+    covered: Tensor
+
+
+class DeviceIndex:
+    """Everything the kernels of one view read besides q, k and v."""
+
+    def __init__(self, view: ShardView, device: torch.device) -> None:
+        pattern = view.pattern
+        self.view, self.device, self.block = view, device, pattern.block
+        q_ids = view.q_blocks.cpu()
+        k_ids = torch.empty(0, dtype=torch.int64) if view.k_blocks is None else view.k_blocks.cpu()
+        self.host_q_ids, self.host_k_ids = q_ids, k_ids
+        self.num_q, self.num_k = len(q_ids), len(k_ids)
+        # Real query blocks in ascending order; padding of a layout takes no part.
+        order = torch.argsort(q_ids)
+        self.num_real_q = int((q_ids < pattern.num_blocks).sum())
+        self.q_ids, self.k_ids = self._send(q_ids), self._send(k_ids)
+        self.order = self._send(order)
+        self.ordered_ids = self._send(q_ids[order])
+        self.steps = _common_steps(q_ids, k_ids)
+        self.doc_start = None if view.doc_start is None else view.doc_start.to(torch.int32).contiguous()
+        self.first_open, self.last_open = self._document_bounds()
+        self._query_tiles: Tiles | None = None
+        self._key_tiles: Tiles | None = None
+        self._columns: Columns | None = None
+
+    @classmethod
+    def of(cls, view: ShardView, device: torch.device) -> DeviceIndex:
+        """The index kept on the view, so that forward, recompute and backward read the same one."""
+        index = view.__dict__.get("_triton_index")
+        if index is None or index.device != device:
+            index = cls(view, device)
+            object.__setattr__(view, "_triton_index", index)
+        return index
+
+    @property
+    def has_columns(self) -> bool:
+        """Does this view compute columns? Known from shapes alone."""
+        columns = self.view.pattern.columns
+        assert columns is not None
+        held = self.view.k_blocks is None or self.view.inline_columns
+        return held and columns.shape[2] > 0
+
+    @property
+    def query_tiles(self) -> Tiles:
+        """Tiles by query block, for out and dq."""
+        if self._query_tiles is None:
+            self._query_tiles = self._affine_queries() if self.steps is not None else self._listed(transposed=False)
+        return self._query_tiles
+
+    @property
+    def key_tiles(self) -> Tiles:
+        """Tiles by key block, for dk and dv: the transpose, free because offsets are the same from both ends."""
+        if self._key_tiles is None:
+            self._key_tiles = self._affine_keys() if self.steps is not None else self._listed(transposed=True)
+        return self._key_tiles
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of the view."""
+        if self._columns is None:
+            self._columns = self._build_columns()
+        return self._columns
+
+    def column_tile_ranges(self, width: int) -> Tensor:
+        """int32 [B, H, ceil(C / width), 2]: for tiles of ``width`` columns, the range in ``order`` of query blocks that use any."""
+        columns, batch = self.columns, self.view.pattern.batch
+        first = columns.positions[:, :, ::width]
+        ids = self.ordered_ids[: self.num_real_q].contiguous()
+        low = torch.searchsorted(ids, (first // self.block).contiguous(), right=True, out_int32=True)
+        high = torch.full_like(low, self.num_real_q)
+        if self.doc_start is not None:
+            last = columns.positions.masked_fill(columns.positions == BIG, -1)
+            pad = -last.shape[2] % width
+            last = torch.nn.functional.pad(last, (0, pad), value=-1).unflatten(2, (-1, width)).amax(3)
+            opens = self.first_open[:, self.order[: self.num_real_q]].contiguous()
+            high = torch.searchsorted(opens, last.view(batch, -1).contiguous(), right=True, out_int32=True).view_as(low)
+        return torch.stack([low, torch.maximum(low, high)], -1)
+
+    def _send(self, host: Tensor) -> Tensor:
+        """int32 on the device, without waiting for it."""
+        return host.to(torch.int32).to(self.device, non_blocking=True)
+
+    def _document_bounds(self) -> tuple[Tensor, Tensor]:
+        """int32 [B or 1, nq] each: the first and the last document start among the real rows of each query block."""
+        if self.doc_start is None:
+            zero = torch.zeros(1, self.num_q, dtype=torch.int32, device=self.device)
+            return zero, zero
+        size = self.view.pattern.seq_len
+        row = self.q_ids.long()[:, None] * self.block + torch.arange(self.block, device=self.device)
+        start = self.doc_start.view(-1, self.num_q, self.block)
+        return start.masked_fill(row >= size, BIG).amin(2), start.masked_fill(row >= size, 0).amax(2)
+
+    def _affine_queries(self) -> Tiles:
+        """Key slot = query slot - entry."""
+        assert self.steps is not None
+        origin, step = self.steps
+        entries = self._affine_entries(origin, step)
+        slot = torch.arange(self.num_q, dtype=torch.int32, device=self.device)
+        k_first = int(self.host_k_ids[0])
+        low = _count(entries, slot - (self.num_k - 1), right=False)
+        last, clean = slot, slot
+        if self.doc_start is not None:
+            # key id >= first_open // b  and  key id * b >= last_open, as bounds on the entry
+            last = torch.minimum(
+                slot, slot + (k_first - self.first_open // self.block).div(step, rounding_mode="floor")
+            )
+            clear = -(-self.last_open // self.block)
+            clean = torch.minimum(slot, slot + (k_first - clear).div(step, rounding_mode="floor"))
+        zero = slot - _entry_of_zero(origin, step)
+        on_diagonal = (zero >= 0) & (zero < self.num_k) & _divides(origin, step)
+        return self._ranges(entries, low, last, clean, on_diagonal, self.q_ids < self.view.pattern.num_blocks)
+
+    def _affine_keys(self) -> Tiles:
+        """Query slot = key slot + entry."""
+        assert self.steps is not None
+        origin, step = self.steps
+        entries = self._affine_entries(origin, step)
+        slot = torch.arange(self.num_k, dtype=torch.int32, device=self.device)
+        low = _count(entries, -slot, right=False)
+        last = clean = self.num_real_q - 1 - slot
+        if self.doc_start is not None:
+            first, final = (x[:, : self.num_real_q].contiguous() for x in (self.first_open, self.last_open))
+            start = (self.k_ids * self.block).expand(first.shape[0], -1)
+            last = (
+                torch.searchsorted(first, (start + self.block - 1).contiguous(), right=True, out_int32=True) - 1 - slot
+            )
+            clean = torch.searchsorted(final, start.contiguous(), right=True, out_int32=True) - 1 - slot
+        zero = slot + _entry_of_zero(origin, step)
+        on_diagonal = (zero >= 0) & (zero < self.num_real_q) & _divides(origin, step)
+        return self._ranges(entries, low, last, clean, on_diagonal, self.k_ids < self.view.pattern.num_blocks)
+
+    def _affine_entries(self, origin: int, step: int) -> Tensor:
+        """int32 [B, H, E]: (offset + origin) / step of the diagonals that meet this view's residue, ascending."""
+        diagonals = self.view.pattern.diagonals
+        assert diagonals is not None
+        shifted = diagonals + origin
+        if step == 1:
+            return torch.where(diagonals >= 0, shifted, BIG).int().contiguous()
+        keep = (diagonals >= 0) & (shifted.remainder(step) == 0)
+        return _compact(keep, shifted.div(step, rounding_mode="floor"), BIG)
+
+    def _ranges(
+        self, entries: Tensor, low: Tensor, last: Tensor, clean: Tensor, on_diagonal: Tensor, real: Tensor
+    ) -> Tiles:
+        """Counts of entries up to each limit ([blocks] or [B, blocks]) become ranges."""
+        high = torch.maximum(_count(entries, last, right=True), low)
+        diagonal_end = torch.minimum(low + on_diagonal.int(), high)
+        clean_end = torch.minimum(torch.maximum(_count(entries, clean, right=True), diagonal_end), high)
+        bounds = torch.stack([low, diagonal_end, clean_end, high], -1)
+        return Tiles(entries, bounds.masked_fill(~real[:, None], 0).int().contiguous(), False)
+
+    def _listed(self, transposed: bool) -> Tiles:
+        """Lists of slots per block, for placements that are no progression."""
+        pattern, block = self.view.pattern, self.block
+        diagonals = pattern.diagonals
+        assert diagonals is not None
+        mine, others, host = (
+            (self.k_ids, self.q_ids, self.host_q_ids) if transposed else (self.q_ids, self.k_ids, self.host_k_ids)
+        )
+        table = torch.full((pattern.num_blocks,), -1, dtype=torch.int64)
+        real = host < pattern.num_blocks
+        table[host[real]] = torch.arange(len(host))[real]
+        offset = diagonals[:, :, None, :]
+        other = mine[:, None] + offset if transposed else mine[:, None] - offset
+        inside = (offset >= 0) & (other >= 0) & (other < pattern.num_blocks) & (mine[:, None] < pattern.num_blocks)
+        slot = self._send(table)[other.clamp(0, pattern.num_blocks - 1).long()]
+        keep = inside & (slot >= 0)
+        clean = keep & (offset > 0)
+        if self.doc_start is not None:
+            query = slot.clamp(min=0).long() if transposed else None
+            first, final = (self._open_of(x, query) for x in (self.first_open, self.last_open))
+            key = mine[:, None] if transposed else other
+            keep = keep & ((key + 1) * block > first)
+            clean = keep & (offset > 0) & (key * block >= final)
+        diagonal_end = (keep & (offset == 0)).sum(-1)
+        counts = torch.stack(
+            [torch.zeros_like(diagonal_end), diagonal_end, diagonal_end + clean.sum(-1), keep.sum(-1)], -1
+        )
+        width = max(1, min(diagonals.shape[2], len(others)))
+        return Tiles(_compact(keep, slot, 0)[..., :width].contiguous(), counts.int().contiguous(), True)
+
+    def _open_of(self, bound: Tensor, query: Tensor | None) -> Tensor:
+        """A document bound [B, nq] for every (block, entry): of the query block itself, or of the query slots given."""
+        if query is None:
+            return bound[:, None, :, None]
+        batch, heads = query.shape[:2]
+        return bound[:, None].expand(batch, heads, -1).gather(2, query.flatten(2)).view_as(query)
+
+    def _build_columns(self) -> Columns:
+        pattern, block = self.view.pattern, self.block
+        column = pattern.columns
+        assert column is not None
+        previous = torch.nn.functional.pad(column, (1, 0), value=-1)[..., :-1]
+        known = (column < pattern.seq_len) & (previous < column)
+        rows, held = self._column_rows(column.long())
+        known = known & held
+        positions = _compact(known, column, BIG)
+        rows = _compact(known, rows, 0)
+        start = self.q_ids * block
+        ranges = torch.stack(
+            [_count(positions, self.first_open, right=False), _count(positions, start, right=False)], -1
+        )
+        ranges[..., 1] = torch.maximum(ranges[..., 0], ranges[..., 1])
+        ranges.masked_fill_((self.q_ids >= pattern.num_blocks)[:, None], 0)
+        covered = pattern.offset_table().to(torch.int8).contiguous()
+        return Columns(positions, rows, known.sum(-1).int(), ranges.int().contiguous(), covered)
+
+    def _column_rows(self, column: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows in k, is it there) of every column [B, H, C]."""
+        pattern, block = self.view.pattern, self.block
+        if self.view.k_blocks is not None:
+            table = torch.full((pattern.num_blocks,), -1, dtype=torch.int64)
+            real = self.host_k_ids < pattern.num_blocks
+            table[self.host_k_ids[real]] = torch.arange(self.num_k)[real]
+            slot = self._send(table)[(column // block).clamp(max=pattern.num_blocks - 1)]
+            return slot * block + column % block, slot >= 0
+        held = self.view.column_positions
+        assert held is not None
+        held = held.repeat_interleave(pattern.heads // held.shape[1], 1).contiguous()
+        if held.shape[2] == 0:
+            return column, torch.zeros_like(column, dtype=torch.bool)
+        rows = torch.searchsorted(held, column.contiguous()).clamp(max=held.shape[2] - 1)
+        return rows, held.gather(2, rows) == column
+
+
+def _common_steps(q_ids: Tensor, k_ids: Tensor) -> tuple[int, int] | None:
+    """(first key id - first query id, step) when both are progressions with one step, so that slots differ by a constant."""
+    if not len(q_ids) or not len(k_ids):
+        return None
+    steps = {int(d) for ids in (q_ids, k_ids) for d in ids.diff().unique()}
+    if len(steps) > 1 or any(step < 1 for step in steps):
+        return None
+    return int(k_ids[0] - q_ids[0]), next(iter(steps), 1)
+
+
+def _entry_of_zero(origin: int, step: int) -> int:
+    return origin // step
+
+
+def _divides(origin: int, step: int) -> bool:
+    return origin % step == 0
+
+
+def _count(ordered: Tensor, limits: Tensor, right: bool) -> Tensor:
+    """int32 [B, H, n]: how many of each ascending list [B, H, m] are below (right: or equal to) the limits [n] or [B, n]."""
+    batch, heads = ordered.shape[:2]
+    limits = limits[None] if limits.dim() == 1 else limits
+    limits = limits.to(ordered.dtype)[:, None].expand(batch, heads, -1).contiguous()
+    return torch.searchsorted(ordered, limits, right=right, out_int32=True)
+
+
+def _compact(keep: Tensor, values: Tensor, fill: int) -> Tensor:
+    """int32 like ``keep``: the kept values of the last dimension moved to its front, in order; the rest is ``fill``."""
+    width = keep.shape[-1]
+    place = torch.where(keep, keep.cumsum(-1) - 1, width)
+    moved = torch.full((*keep.shape[:-1], width + 1), fill, dtype=torch.int32, device=keep.device)
+    moved.scatter_(-1, place, values.int().expand(keep.shape))
+    return moved[..., :width].contiguous()

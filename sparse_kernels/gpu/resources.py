@@ -1,0 +1,118 @@
+"""What a kernel costs on a GPU that is not there: cross-compile, assemble, and read registers, spills and shared memory.
+
+Works on any machine with Triton, because ptxas comes with it. Needs a process that does not interpret.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+SHARED_LIMIT = {80: 160 * 1024, 90: 224 * 1024}  # bytes per block that we allow ourselves, below the chips' own limits
+
+
+@dataclass(frozen=True)
+class Resources:
+    """registers per thread, spilled bytes (stores + loads), shared memory in bytes, and whether tensor cores are used."""
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_cores: bool
+
+
+def measure(kernel: Any, capability: int, arguments: Mapping[str, Any], num_warps: int, num_stages: int) -> Resources:
+    """Compile one kernel for one target.
+
+    Args:
+        kernel: a @triton.jit function.
+        capability: 80 or 90.
+        arguments: per parameter a type as Triton writes it ("*bf16", "i32", "fp32"; "i32:16" promises a multiple of 16), or a
+            value that is a constant of the kernel. Pointers are aligned to 16 bytes, as those of tensors are.
+        num_warps, num_stages: the launch options.
+    """
+    order = kernel.arg_names
+    types = {n: a.split(":")[0] for n, a in arguments.items() if _is_type(a)}
+    constants = {n: a for n, a in arguments.items() if n not in types}
+    missing = [name for name in order if name not in arguments]
+    assert not missing, f"no argument for {missing}"
+    aligned = [n for n, t in types.items() if t.startswith("*") or arguments[n].endswith(":16")]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in order},
+        constexprs=constants,
+        attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, spills = _assemble(ptx, capability)
+    return Resources(registers, spills, compiled.metadata.shared, "wgmma" in ptx or "mma.sync" in ptx)
+
+
+def arguments_of(kernel: Any, launched: Mapping[str, Any]) -> dict[str, Any]:
+    """What `measure` needs, from the arguments of a real launch, specialised as Triton's own launcher would."""
+    arguments: dict[str, Any] = {}
+    for parameter in kernel.params:
+        value = launched[parameter.name]
+        if parameter.is_constexpr:
+            arguments[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            arguments[parameter.name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, float):
+            arguments[parameter.name] = "fp32"
+        else:
+            width = "i32" if -(2**31) <= value < 2**31 else "i64"
+            fixed = not parameter.do_not_specialize
+            arguments[parameter.name] = value if fixed and value == 1 else width + ":16" * (fixed and value % 16 == 0)
+    return arguments
+
+
+def _is_type(argument: Any) -> bool:
+    return isinstance(argument, str) and re.fullmatch(r"\*?(?:[iu]\d+|bf16|fp\d+)(?::16)?", argument) is not None
+
+
+def _assemble(ptx: str, capability: int) -> tuple[int, int]:
+    """(registers, spilled bytes) as ptxas reports them."""
+    architecture = re.search(r"\.target (\S+?)[,\s]", ptx)
+    assert architecture is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        # Triton 3.4 has one assembler for all targets and takes no argument.
+        tool = get_ptxas(*[capability][: len(inspect.signature(get_ptxas).parameters)])
+        command = [
+            tool.path,
+            "-v",
+            f"--gpu-name={architecture[1]}",
+            str(source),
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    used = re.search(r"Used (\d+) registers", log)
+    assert used is not None, log
+    return int(used[1]), spills

@@ -1,0 +1,172 @@
+"""`sparse_attention` as a pair of torch operators, so that compilers, checkpointing policies and tracers see one node.
+
+``torch.ops.sparse_kernels.attention`` and ``attention_backward`` take a pattern as plain tensors and numbers, say what they return
+without running (fake implementations, for ``torch.compile`` and meta tensors) and are tied together for autograd. Which backend
+runs is looked up inside, when real tensors are there, so a compiled graph does not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from sparse_kernels.backends import Backend, resolve_backend
+from sparse_kernels.pattern import SparsePattern
+from sparse_kernels.reference import accumulation_dtype
+from sparse_kernels.view import ShardView
+
+# Written out, because not every torch infers it from annotations.
+_PATTERN = "Tensor?[] index, SymInt[] sizes, float scale, str backend"
+
+
+@torch.library.custom_op(
+    "sparse_kernels::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor)",
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the whole sequence under a pattern taken apart by `flatten`; differentiable in q, k and v.
+
+    Args:
+        q: [B, NB * b, H, D], padded to whole blocks; k, v: [B, NB * b, K, D].
+        index: columns, diagonals, blocks (or None) of the pattern and doc_start [B, NB * b] (or None).
+        sizes: seq_len, block and full of the pattern.
+        backend: "auto" or a name of `sparse_kernels.backends()`.
+
+    Returns:
+        out [B, NB * b, H, D] and lse [B, H, NB * b], both float32 (float64 for float64 inputs): the backward needs the out that
+        lse describes, not a rounded one. No gradient flows through lse.
+    """
+    view, chosen = _prepare(q, index, sizes, backend)
+    # The reference backend multiplies matrices, which autocast would do in bfloat16.
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = chosen.forward(q, k, v, view, scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.custom_op(
+    "sparse_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PATTERN}) -> (Tensor, Tensor, Tensor)",
+)
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) in the dtypes of q, k, v, given the gradient of out; the rest is as in `attention`."""
+    view, chosen = _prepare(q, index, sizes, backend)
+    # The caller's gradient had the dtype of q before autograd widened it to that of out: nothing is rounded here.
+    dout = dout.to(q.dtype).contiguous()
+    with torch.autocast(q.device.type, enabled=False):
+        grads = chosen.backward(dout, q, k, v, out, lse, view, scale)
+    dq, dk, dv = (g.to(x.dtype).contiguous() for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+def flatten(pattern: SparsePattern, doc_start: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """(index, sizes) of `attention`; doc_start is padded to whole blocks."""
+    return [pattern.columns, pattern.diagonals, pattern.blocks, doc_start], [
+        pattern.seq_len,
+        pattern.block,
+        int(pattern.full),
+    ]
+
+
+def _prepare(
+    q: Tensor, index: Sequence[Tensor | None], sizes: Sequence[int], backend: str
+) -> tuple[ShardView, Backend]:
+    view = _view(index, sizes)
+    dense = view.pattern.full and view.doc_start is None
+    return view, resolve_backend(backend, q.device, q.dtype, q.shape[-1], dense=dense)
+
+
+# Views by the tensor of their diagonals, for as long as that lives: backends keep their plan of a view on it, and the backward (or
+# the next call with the same pattern) finds it there. A view holds aliases, so that it does not keep its own key alive.
+_VIEWS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _view(index: Sequence[Tensor | None], sizes: Sequence[int]) -> ShardView:
+    """The view of the whole sequence that the flattened pattern describes."""
+    diagonals = index[1]
+    stamp = (*sizes, *(-1 if x is None or x.is_inference() else x._version for x in index))
+    known = _VIEWS.get(diagonals)
+    if known is not None and known[1] == stamp and _same(known[0], index):
+        return known[2]
+    columns, aliased, blocks, doc_start = (None if x is None else x.detach() for x in index)
+    seq_len, block, full = sizes
+    pattern = SparsePattern(seq_len, block, columns, aliased, blocks, bool(full))
+    every = torch.arange(pattern.num_blocks)
+    view = ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=doc_start)
+    _VIEWS[diagonals] = [None if x is None else TensorWeakRef(x) for x in index], stamp, view
+    return view
+
+
+def _same(kept: Sequence[TensorWeakRef | None], index: Sequence[Tensor | None]) -> bool:
+    return all((None if ref is None else ref()) is x for ref, x in zip(kept, index, strict=True))
+
+
+@attention.register_fake
+def _fake_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(q.dtype)
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, length), dtype=dtype)
+
+
+@attention_backward.register_fake
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, index, *ctx.settings = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, *index)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *index = ctx.saved_tensors
+    # torch takes a list of tensors for a structure that the gradients must repeat, a list with a None in it for one value.
+    structure = None if any(x is None for x in index) else [None] * len(index)
+    nothing = (structure, None, None, None)
+    if dout is None:
+        return None, None, None, *nothing
+    return *attention_backward(dout, q, k, v, out, lse, index, *ctx.settings), *nothing
+
+
+def _refuse(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    # out and lse are constants of the backward, so a second derivative would be wrong without a word.
+    raise RuntimeError("trying to differentiate twice through sparse_attention, which has first derivatives only")
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+attention_backward.register_autograd(_refuse)

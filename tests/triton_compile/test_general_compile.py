@@ -1,0 +1,41 @@
+"""The general block-sparse kernels, compiled for GPUs that need not be here: no spills, little shared memory, tensor cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_kernels.gpu.general_recorded import general_launches
+from sparse_kernels.gpu.resources import SHARED_LIMIT
+
+PRODUCTS = {"forward_kernel", "dq_kernel", "dkdv_kernel", "column_kernel"}
+MOVERS = {"delta_kernel", "fold_kernel", "_fill_kernel"}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_spills_little_memory_and_tensor_cores(capability: int, head_dim: int) -> None:
+    """Compiled as launched, with single blocks, columns, documents and a carried state in them."""
+    launches = {launch.name: launch for launch in general_launches(capability, head_dim, torch.bfloat16, 128)}
+    assert set(launches) == PRODUCTS | MOVERS
+    for name, launch in launches.items():
+        if name in PRODUCTS or (capability, head_dim) == (90, 128):
+            found = launch.measure(capability)
+            assert found.spills == 0, (name, found)
+            assert found.shared <= SHARED_LIMIT[capability], (name, found)
+            assert found.tensor_cores == (name in PRODUCTS), (name, found)
+
+
+def test_float32_fits() -> None:
+    for launch in general_launches(90, 128, torch.float32, 128):
+        if launch.name in PRODUCTS:
+            found = launch.measure(90)
+            assert found.spills <= (100 if launch.name == "dq_kernel" else 0), (launch.name, found)
+            assert found.shared <= SHARED_LIMIT[80] and found.tensor_cores, (launch.name, found)
+
+
+def test_head_dim_96_and_smaller_blocks_fit() -> None:
+    for launch in general_launches(80, 96, torch.float16, 64):
+        if launch.name == "forward_kernel":
+            found = launch.measure(80)
+            assert found.spills == 0 and found.shared <= SHARED_LIMIT[80], found
