@@ -26,7 +26,8 @@ class Tiles:
     """Where programs of one direction (query blocks, or key blocks) find their tiles.
 
     Attributes:
-        entries: int32 [B, H, E] (shared by all blocks of a head) or [B, H, blocks, E] (listed: the slots themselves).
+        entries: int32 [B, H, E] (shared by all blocks of a head) or [B, H, blocks, E] (listed: the slots themselves, int16 up to
+            32,768 local blocks).
         bounds: int32 [B, H, blocks, 4]: low, end of the diagonal tile, end of the tiles without mask, high.
         listed: entries are slots, not offsets.
     """
@@ -236,7 +237,9 @@ class DeviceIndex:
             [torch.zeros_like(diagonal_end), diagonal_end, diagonal_end + clean.sum(-1), keep.sum(-1)], -1
         )
         width = max(1, min(diagonals.shape[2], len(others)))
-        return Tiles(_compact(keep, slot, 0)[..., :width].contiguous(), counts.int().contiguous(), True)
+        small = torch.int16 if len(others) <= 1 << 15 else torch.int32
+        entries = _compact(keep, slot, 0)[..., :width].to(small, memory_format=torch.contiguous_format)
+        return Tiles(entries, counts.int().contiguous(), True)
 
     def _open_of(self, bound: Tensor, query: Tensor | None) -> Tensor:
         """A document bound [B, nq] for every (block, entry): of the query block itself, or of the query slots given."""
