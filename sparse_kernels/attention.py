@@ -69,6 +69,9 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern) -> Non
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{batch}, {length}, num_kv_heads, {head_dim}] with "
             f"num_kv_heads dividing {heads}"
         )
+    if len({t.dtype for t in (q, k, v)}) > 1 or len({t.device for t in (q, k, v)}) > 1:
+        kinds = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"{kinds}; all three must have one dtype and be on one device (use .to(q))")
 
 
 def check_scale(scale: float | None) -> None:

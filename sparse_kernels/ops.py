@@ -108,17 +108,23 @@ _VIEWS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _view(index: Sequence[Tensor | None], sizes: Sequence[int]) -> ShardView:
     """The view of the whole sequence that the flattened pattern describes."""
     diagonals = index[1]
-    stamp = (*sizes, *(-1 if x is None or x.is_inference() else x._version for x in index))
+    if any(x is not None and x.is_inference() for x in index):
+        return _new_view(index, sizes)  # they do not count their versions, so a change would go unseen
+    stamp = (*sizes, *(-1 if x is None else x._version for x in index))
     known = _VIEWS.get(diagonals)
     if known is not None and known[1] == stamp and _same(known[0], index):
         return known[2]
-    columns, aliased, blocks, doc_start = (None if x is None else x.detach() for x in index)
-    seq_len, block, full = sizes
-    pattern = SparsePattern(seq_len, block, columns, aliased, blocks, bool(full))
-    every = torch.arange(pattern.num_blocks)
-    view = ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=doc_start)
+    view = _new_view([None if x is None else x.detach() for x in index], sizes)
     _VIEWS[diagonals] = [None if x is None else TensorWeakRef(x) for x in index], stamp, view
     return view
+
+
+def _new_view(index: Sequence[Tensor | None], sizes: Sequence[int]) -> ShardView:
+    columns, diagonals, blocks, doc_start = index
+    seq_len, block, full = sizes
+    pattern = SparsePattern(seq_len, block, columns, diagonals, blocks, bool(full))
+    every = torch.arange(pattern.num_blocks)
+    return ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=doc_start)
 
 
 def _same(kept: Sequence[TensorWeakRef | None], index: Sequence[Tensor | None]) -> bool:

@@ -26,7 +26,8 @@ class Tiles:
     """Where programs of one direction (query blocks, or key blocks) find their tiles.
 
     Attributes:
-        entries: int32 [B, H, E] (shared by all blocks of a head) or [B, H, blocks, E] (listed: the slots themselves).
+        entries: int32 [B, H, E] (shared by all blocks of a head) or [B, H, blocks, E] (listed: the slots themselves, int16 up to
+            32,768 local blocks).
         bounds: int32 [B, H, blocks, 4]: low, end of the diagonal tile, end of the tiles without mask, high.
         listed: entries are slots, not offsets.
     """
@@ -60,7 +61,11 @@ class DeviceIndex:
 
     def __init__(self, view: ShardView, device: torch.device) -> None:
         pattern = view.pattern
-        self.view, self.device, self.block = view, device, pattern.block
+        # Parts of the view, not the view: it keeps this index, and a cycle would hold device memory until the garbage
+        # collector happens to run.
+        self.pattern, self.device, self.block = pattern, device, pattern.block
+        self.has_key_blocks, self.column_positions = view.k_blocks is not None, view.column_positions
+        self.inline_columns = view.inline_columns
         q_ids = view.q_blocks.cpu()
         k_ids = torch.empty(0, dtype=torch.int64) if view.k_blocks is None else view.k_blocks.cpu()
         self.host_q_ids, self.host_k_ids = q_ids, k_ids
@@ -90,9 +95,9 @@ class DeviceIndex:
     @property
     def has_columns(self) -> bool:
         """Does this view compute columns? Known from shapes alone."""
-        columns = self.view.pattern.columns
+        columns = self.pattern.columns
         assert columns is not None
-        held = self.view.k_blocks is None or self.view.inline_columns
+        held = not self.has_key_blocks or self.inline_columns
         return held and columns.shape[2] > 0
 
     @property
@@ -118,7 +123,7 @@ class DeviceIndex:
 
     def column_tile_ranges(self, width: int) -> Tensor:
         """int32 [B, H, ceil(C / width), 2]: for tiles of ``width`` columns, the range in ``order`` of query blocks that use any."""
-        columns, batch = self.columns, self.view.pattern.batch
+        columns, batch = self.columns, self.pattern.batch
         first = columns.positions[:, :, ::width]
         ids = self.ordered_ids[: self.num_real_q].contiguous()
         low = torch.searchsorted(ids, (first // self.block).contiguous(), right=True, out_int32=True)
@@ -140,7 +145,7 @@ class DeviceIndex:
         if self.doc_start is None:
             zero = torch.zeros(1, self.num_q, dtype=torch.int32, device=self.device)
             return zero, zero
-        size = self.view.pattern.seq_len
+        size = self.pattern.seq_len
         row = self.q_ids.long()[:, None] * self.block + torch.arange(self.block, device=self.device)
         start = self.doc_start.view(-1, self.num_q, self.block)
         return start.masked_fill(row >= size, BIG).amin(2), start.masked_fill(row >= size, 0).amax(2)
@@ -163,7 +168,7 @@ class DeviceIndex:
             clean = torch.minimum(slot, slot + (k_first - clear).div(step, rounding_mode="floor"))
         zero = slot - _entry_of_zero(origin, step)
         on_diagonal = (zero >= 0) & (zero < self.num_k) & _divides(origin, step)
-        return self._ranges(entries, low, last, clean, on_diagonal, self.q_ids < self.view.pattern.num_blocks)
+        return self._ranges(entries, low, last, clean, on_diagonal, self.q_ids < self.pattern.num_blocks)
 
     def _affine_keys(self) -> Tiles:
         """Query slot = key slot + entry."""
@@ -182,11 +187,11 @@ class DeviceIndex:
             clean = torch.searchsorted(final, start.contiguous(), right=True, out_int32=True) - 1 - slot
         zero = slot + _entry_of_zero(origin, step)
         on_diagonal = (zero >= 0) & (zero < self.num_real_q) & _divides(origin, step)
-        return self._ranges(entries, low, last, clean, on_diagonal, self.k_ids < self.view.pattern.num_blocks)
+        return self._ranges(entries, low, last, clean, on_diagonal, self.k_ids < self.pattern.num_blocks)
 
     def _affine_entries(self, origin: int, step: int) -> Tensor:
         """int32 [B, H, E]: (offset + origin) / step of the diagonals that meet this view's residue, ascending."""
-        diagonals = self.view.pattern.diagonals
+        diagonals = self.pattern.diagonals
         assert diagonals is not None
         shifted = diagonals + origin
         if step == 1:
@@ -206,7 +211,7 @@ class DeviceIndex:
 
     def _listed(self, transposed: bool) -> Tiles:
         """Lists of slots per block, for placements that are no progression."""
-        pattern, block = self.view.pattern, self.block
+        pattern, block = self.pattern, self.block
         diagonals = pattern.diagonals
         assert diagonals is not None
         mine, others, host = (
@@ -232,7 +237,9 @@ class DeviceIndex:
             [torch.zeros_like(diagonal_end), diagonal_end, diagonal_end + clean.sum(-1), keep.sum(-1)], -1
         )
         width = max(1, min(diagonals.shape[2], len(others)))
-        return Tiles(_compact(keep, slot, 0)[..., :width].contiguous(), counts.int().contiguous(), True)
+        small = torch.int16 if len(others) <= 1 << 15 else torch.int32
+        entries = _compact(keep, slot, 0)[..., :width].to(small, memory_format=torch.contiguous_format)
+        return Tiles(entries, counts.int().contiguous(), True)
 
     def _open_of(self, bound: Tensor, query: Tensor | None) -> Tensor:
         """A document bound [B, nq] for every (block, entry): of the query block itself, or of the query slots given."""
@@ -242,7 +249,7 @@ class DeviceIndex:
         return bound[:, None].expand(batch, heads, -1).gather(2, query.flatten(2)).view_as(query)
 
     def _build_columns(self) -> Columns:
-        pattern, block = self.view.pattern, self.block
+        pattern, block = self.pattern, self.block
         column = pattern.columns
         assert column is not None
         previous = torch.nn.functional.pad(column, (1, 0), value=-1)[..., :-1]
@@ -262,14 +269,14 @@ class DeviceIndex:
 
     def _column_rows(self, column: Tensor) -> tuple[Tensor, Tensor]:
         """(rows in k, is it there) of every column [B, H, C]."""
-        pattern, block = self.view.pattern, self.block
-        if self.view.k_blocks is not None:
+        pattern, block = self.pattern, self.block
+        if self.has_key_blocks:
             table = torch.full((pattern.num_blocks,), -1, dtype=torch.int64)
             real = self.host_k_ids < pattern.num_blocks
             table[self.host_k_ids[real]] = torch.arange(self.num_k)[real]
             slot = self._send(table)[(column // block).clamp(max=pattern.num_blocks - 1)]
             return slot * block + column % block, slot >= 0
-        held = self.view.column_positions
+        held = self.column_positions
         assert held is not None
         held = held.repeat_interleave(pattern.heads // held.shape[1], 1).contiguous()
         if held.shape[2] == 0:

@@ -124,8 +124,8 @@ class Call:
             "num_heads": self.heads,
             "num_entries": 0 if tiles is None else tiles.entries.shape[-1],
             "num_columns": 0 if columns is None else columns.positions.shape[-1],
-            "num_blocks": index.view.pattern.num_blocks,
-            "seq_len": index.view.pattern.seq_len,
+            "num_blocks": index.pattern.num_blocks,
+            "seq_len": index.pattern.seq_len,
             "HAS_TILES": tiles is not None,
             "HAS_COLUMNS": columns is not None,
             "LISTED": tiles is not None and tiles.listed,
@@ -248,7 +248,7 @@ def _block_gradient(
         q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, entries=tiles.entries, bounds=tiles.bounds,
         k_ids=index.k_ids, doc_start=index.q_ids if index.doc_start is None else index.doc_start,
         q_blocks=index.num_q, k_blocks=index.num_k, num_heads=call.heads, num_entries=tiles.entries.shape[-1],
-        seq_len=index.view.pattern.seq_len, scale=scale, scale2=scale * LOG2E, LISTED=tiles.listed,
+        seq_len=index.pattern.seq_len, scale=scale, scale2=scale * LOG2E, LISTED=tiles.listed,
         **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
     )  # fmt: skip
 
@@ -287,7 +287,7 @@ def _column_gradient(
         q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, part_k=parts[0], part_v=parts[1], positions=columns.positions,
         tile_ranges=index.column_tile_ranges(tile.n), covered=columns.covered, order=index.order, ordered_ids=index.ordered_ids,
         doc_start=index.q_ids if index.doc_start is None else index.doc_start, q_blocks=index.num_q,
-        num_blocks=index.view.pattern.num_blocks, scale2=scale * LOG2E,
+        num_blocks=index.pattern.num_blocks, scale2=scale * LOG2E,
         **shared, **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
     )  # fmt: skip
     for member in range(call.group):

@@ -148,3 +148,22 @@ def test_forward_and_backward_share_a_view_that_dies_with_its_pattern(monkeypatc
     del pattern, found
     gc.collect()
     assert last() is None
+
+
+def test_a_pattern_changed_in_place_is_seen_in_inference_mode() -> None:
+    """Inference tensors count no versions, so nothing may be kept by their identity."""
+    q, k, v, pattern = case(24)
+    with torch.inference_mode():
+        inferred = SparsePattern(24, 8, pattern.columns.clone(), pattern.diagonals.clone())
+        before = sparse_attention(q, k, v, inferred)
+        inferred.diagonals[..., 1] = 1
+        after = sparse_attention(q, k, v, inferred)
+        wanted = sparse_attention(q, k, v, SparsePattern(24, 8, inferred.columns.clone(), inferred.diagonals.clone()))
+    assert not torch.equal(before, after)
+    assert torch.equal(after, wanted)
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    q, k, v, pattern = case(24)
+    with pytest.raises(ValueError, match=r"v is torch\.bfloat16 on cpu; all three must have one dtype"):
+        sparse_attention(q, k, v.bfloat16(), pattern)

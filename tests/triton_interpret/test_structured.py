@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels import ShardView, SparsePattern, sparse_attention
+from sparse_kernels.backends import resolve_backend
 from sparse_kernels.gpu import TritonBackend, launch
 from sparse_kernels.gpu.config import Tile
 from sparse_kernels.gpu.index import DeviceIndex
@@ -133,6 +136,22 @@ def test_placements_use_the_index_that_fits() -> None:
     for keys, listed in ((stripes, False), (stripes - 1, False), (torch.arange(4), True), (mixed, True)):
         index = DeviceIndex(ShardView(case.pattern, stripes, k_blocks=keys), torch.device("cpu"))
         assert index.query_tiles.listed == index.key_tiles.listed == listed
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_a_view_and_its_index_die_with_the_last_reference(backend: str) -> None:
+    """A cycle would keep the index of every layer and ring step on the device until the garbage collector runs."""
+    case = make_case(12, 64, 16, head_dim=64)
+    view = case.whole()
+    q, k, v = (t.float() for t in (case.q, case.k, case.v))
+    alive = weakref.ref(view)
+    gc.disable()
+    try:
+        resolve_backend(backend, "cpu", q.dtype, q.shape[3]).forward(q, k, v, view, case.scale)
+        del view
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_index_holds_every_tile_once() -> None:
