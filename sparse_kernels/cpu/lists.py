@@ -8,7 +8,7 @@ to a causal call when the view holds it at the same place (`ListPlan.causal_diag
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ class ListPlan:
     """The chunks of one view. Small lists are kept on the view, so that the backward finds the forward's."""
 
     def __init__(self, view: ShardView, geometry: Geometry) -> None:
-        # A copy: the view keeps this plan, and a cycle would hold its lists until the garbage collector happens to run.
-        self.view, self.geometry = replace(view), geometry
+        self.view, self.geometry = view, geometry
         self.causal_diagonal = view.k_blocks is not None and torch.equal(view.q_blocks, view.k_blocks)
         self.bounds = document_bounds(view, geometry)
 
