@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.view import ShardView
+
+logger = logging.getLogger(__name__)
 
 State = tuple[Tensor, Tensor]
 
@@ -96,6 +99,15 @@ def backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> d
     return {name: _instance(name).unusable(torch.device(device), dtype, head_dim) for name in _FACTORIES}
 
 
+@cache  # once per kind of input, not once per layer and step
+def _warn_of_reference(device: str, dtype: str, head_dim: int) -> None:
+    logger.warning(
+        "no fast attention backend runs %s with head_dim %d on %s: the reference backend is taken, which is exact but needs O(S^2) "
+        "memory and time; `sparse_kernels.backends(...)` says why the others cannot run",
+        *(dtype, head_dim, device),
+    )
+
+
 def resolve_backend(
     name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, *, dense: bool = False
 ) -> Backend:
@@ -111,6 +123,8 @@ def resolve_backend(
             if reason is None and not dense and _instance(candidate).dense_only:
                 usable[candidate] = "it computes dense patterns only"
             elif reason is None:
+                if candidate == "reference":
+                    _warn_of_reference(str(device), str(dtype), head_dim)
                 return _instance(candidate)
         reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in usable.items())
         raise ValueError(f"no attention backend can run {dtype} with head_dim {head_dim} on {device} ({reasons})")

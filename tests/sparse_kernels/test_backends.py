@@ -122,3 +122,11 @@ def test_asking_what_can_run_here_loads_no_triton() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     reasons, loaded = done.stdout.strip().split("\n")
     assert "triton" not in loaded.split() and "needs CUDA tensors" in reasons
+
+
+def test_falling_back_to_the_reference_is_said_once(monkeypatch, caplog) -> None:
+    kept = {name: None if name == "reference" else "not here" for name in backends("cpu", torch.float32, 64)}
+    monkeypatch.setattr(sys.modules["sparse_kernels.backends"], "backends", lambda *_: dict(kept))
+    for _ in range(2):
+        assert resolve_backend("auto", "cpu", torch.float32, 77).name == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "head_dim 77 on cpu" in caplog.text
