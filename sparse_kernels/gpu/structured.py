@@ -38,6 +38,7 @@ def load_tile(
 
 @triton.jit
 def load_at(address, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows of D numbers at `address`, padded with zeros to DP; rows that are not live are zeros too where MASKED."""
     if MASKED:
         tile = tl.load(address, mask=live[:, None] & (d[None, :] < D), other=0.0)
     elif D != DP:
@@ -51,6 +52,7 @@ def load_at(address, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.cons
 
 @triton.jit
 def store_tile(base, first, inner, stride, tile, D: tl.constexpr, DP: tl.constexpr):
+    """Write the first D of DP numbers of every row; the rows of a query tile always exist."""
     d = tl.arange(0, DP)
     address = base + first * stride + inner[:, None] * stride + d[None, :]
     if D != DP:
