@@ -3,7 +3,8 @@
 Blocks are diagonals, so neither the rows nor their transpose need a list per block: one sorted list of offsets per head serves
 every query block (key slot = query slot - entry) and every key block (query slot = key slot + entry), when the local blocks are
 an arithmetic progression (the whole sequence, a contiguous or a striped shard). Any other placement gets lists per block, in
-the same order, bounded by min(diagonals, local blocks).
+the same order, bounded by min(diagonals, local blocks). Lists and ranges are made for the kernel that reads them and dropped
+after it; what a view keeps is well below 1 % of its K and V.
 
 Terms: a slot is the local place of a block, an id its global number. Entries are ordered by block offset, so each block's
 entries are one range [low, high): first the diagonal tile, then tiles that need no mask, then tiles in which a document starts.
@@ -12,13 +13,32 @@ entries are one range [low, high): first the diagonal tile, then tiles that need
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from sparse_kernels.gpu.tiles import tiles_kernel
+from sparse_kernels.pattern import upload
 from sparse_kernels.view import ShardView
 
-BIG = 2**31 - 1  # an entry or position that is in no range
+BIG = 2**31 - 1  # a position that is in no range
+FAR = 1 << 30  # a slot difference that leads nowhere, and to which a slot can be added in 32 bits
+TILE_ROWS, TILE_SCAN = 16, 256  # own blocks and offsets that a program of `tiles_kernel` looks at
+
+
+def start(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
+    """Every launch of the structured path goes through here, so that a test can see what would be launched.
+
+    Multiply and add are fused explicitly: newer Triton versions no longer do so by default.
+    """
+    kernel[grid](**arguments, enable_fp_fusion=True)
+
+
+def slot_dtype(blocks: int) -> torch.dtype:
+    """The type of slots of so many local blocks, and of -1."""
+    return torch.int16 if blocks < 1 << 15 else torch.int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +47,7 @@ class Tiles:
 
     Attributes:
         entries: int32 [B, H, E] (shared by all blocks of a head) or [B, H, blocks, E] (listed: the slots themselves, int16 up to
-            32,768 local blocks).
+            32,767 local blocks; beyond high they hold anything).
         bounds: int32 [B, H, blocks, 4]: low, end of the diagonal tile, end of the tiles without mask, high.
         listed: entries are slots, not offsets.
     """
@@ -79,8 +99,9 @@ class DeviceIndex:
         self.steps = _common_steps(q_ids, k_ids)
         self.doc_start = None if view.doc_start is None else view.doc_start.to(torch.int32).contiguous()
         self.first_open, self.last_open = self._document_bounds()
-        self._query_tiles: Tiles | None = None
-        self._key_tiles: Tiles | None = None
+        # Offsets of the heads in the form that suits the placement, and slots by block id: small, so they stay.
+        self._offsets: Tensor | None = None
+        self._slot_of: dict[bool, Tensor] = {}
         self._columns: Columns | None = None
 
     @classmethod
@@ -100,19 +121,44 @@ class DeviceIndex:
         held = not self.has_key_blocks or self.inline_columns
         return held and columns.shape[2] > 0
 
-    @property
-    def query_tiles(self) -> Tiles:
-        """Tiles by query block, for out and dq."""
-        if self._query_tiles is None:
-            self._query_tiles = self._affine_queries() if self.steps is not None else self._listed(transposed=False)
-        return self._query_tiles
+    def tiles(self, *, by_key: bool) -> Tiles:
+        """Tiles by query block, for out and dq, or by key block, for dk and dv: the transpose, free because offsets are the same
+        from both ends. Made at every call and not kept: a ring would hold those of all its steps until the backward."""
+        pattern, listed = self.pattern, self.steps is None
+        own, other = (self.k_ids, self.q_ids) if by_key else (self.q_ids, self.k_ids)
+        offsets = self.offsets
+        bounds = torch.empty(pattern.batch, pattern.heads, len(own), 4, dtype=torch.int32, device=self.device)
+        entries, slot_of = offsets, own
+        if listed:
+            width = max(1, min(offsets.shape[2], len(other)))
+            shape = (pattern.batch, pattern.heads, len(own), width)
+            entries = torch.empty(shape, dtype=slot_dtype(len(other)), device=self.device)
+            slot_of = self._slots(by_key)
+        if len(own):
+            start(
+                tiles_kernel, (-(-len(own) // TILE_ROWS), pattern.batch * pattern.heads, 1),
+                offsets=offsets, own_ids=own, other_ids=other, slot_of=slot_of, first_open=self.first_open,
+                last_open=self.last_open, entries=entries, bounds=bounds, num_own=len(own), num_other=len(other),
+                num_offsets=offsets.shape[2], num_blocks=pattern.num_blocks, num_heads=pattern.heads,
+                width=entries.shape[-1], PB=self.block, LISTED=listed, BY_KEY=by_key, HAS_DOCS=self.doc_start is not None,
+                ROWS=TILE_ROWS, SCAN=min(TILE_SCAN, max(16, triton.next_power_of_2(offsets.shape[2]))),
+            )  # fmt: skip
+        return Tiles(entries, bounds, listed)
 
     @property
-    def key_tiles(self) -> Tiles:
-        """Tiles by key block, for dk and dv: the transpose, free because offsets are the same from both ends."""
-        if self._key_tiles is None:
-            self._key_tiles = self._affine_keys() if self.steps is not None else self._listed(transposed=True)
-        return self._key_tiles
+    def offsets(self) -> Tensor:
+        """int32 [B, H, E], what tiles are made from: slot differences of progressions, else block offsets."""
+        if self._offsets is None:
+            diagonals = self.pattern.diagonals
+            assert diagonals is not None
+            self._offsets = diagonals.int().contiguous() if self.steps is None else self._affine_entries(*self.steps)
+        return self._offsets
+
+    def _slots(self, by_key: bool) -> Tensor:
+        """The slots of the other side by id."""
+        if by_key not in self._slot_of:
+            self._slot_of[by_key] = self._slots_by_id(self.host_q_ids if by_key else self.host_k_ids)
+        return self._slot_of[by_key]
 
     @property
     def columns(self) -> Columns:
@@ -150,103 +196,22 @@ class DeviceIndex:
         start = self.doc_start.view(-1, self.num_q, self.block)
         return start.masked_fill(row >= size, BIG).amin(2), start.masked_fill(row >= size, 0).amax(2)
 
-    def _affine_queries(self) -> Tiles:
-        """Key slot = query slot - entry."""
-        assert self.steps is not None
-        origin, step = self.steps
-        entries = self._affine_entries(origin, step)
-        slot = torch.arange(self.num_q, dtype=torch.int32, device=self.device)
-        k_first = int(self.host_k_ids[0])
-        low = _count(entries, slot - (self.num_k - 1), right=False)
-        last, clean = slot, slot
-        if self.doc_start is not None:
-            # key id >= first_open // b  and  key id * b >= last_open, as bounds on the entry
-            last = torch.minimum(
-                slot, slot + (k_first - self.first_open // self.block).div(step, rounding_mode="floor")
-            )
-            clear = -(-self.last_open // self.block)
-            clean = torch.minimum(slot, slot + (k_first - clear).div(step, rounding_mode="floor"))
-        zero = slot - _entry_of_zero(origin, step)
-        on_diagonal = (zero >= 0) & (zero < self.num_k) & _divides(origin, step)
-        return self._ranges(entries, low, last, clean, on_diagonal, self.q_ids < self.pattern.num_blocks)
-
-    def _affine_keys(self) -> Tiles:
-        """Query slot = key slot + entry."""
-        assert self.steps is not None
-        origin, step = self.steps
-        entries = self._affine_entries(origin, step)
-        slot = torch.arange(self.num_k, dtype=torch.int32, device=self.device)
-        low = _count(entries, -slot, right=False)
-        last = clean = self.num_real_q - 1 - slot
-        if self.doc_start is not None:
-            first, final = (x[:, : self.num_real_q].contiguous() for x in (self.first_open, self.last_open))
-            start = (self.k_ids * self.block).expand(first.shape[0], -1)
-            last = (
-                torch.searchsorted(first, (start + self.block - 1).contiguous(), right=True, out_int32=True) - 1 - slot
-            )
-            clean = torch.searchsorted(final, start.contiguous(), right=True, out_int32=True) - 1 - slot
-        zero = slot + _entry_of_zero(origin, step)
-        on_diagonal = (zero >= 0) & (zero < self.num_real_q) & _divides(origin, step)
-        return self._ranges(entries, low, last, clean, on_diagonal, self.k_ids < self.pattern.num_blocks)
-
     def _affine_entries(self, origin: int, step: int) -> Tensor:
         """int32 [B, H, E]: (offset + origin) / step of the diagonals that meet this view's residue, ascending."""
         diagonals = self.pattern.diagonals
         assert diagonals is not None
         shifted = diagonals + origin
         if step == 1:
-            return torch.where(diagonals >= 0, shifted, BIG).int().contiguous()
+            return torch.where(diagonals >= 0, shifted, FAR).int().contiguous()
         keep = (diagonals >= 0) & (shifted.remainder(step) == 0)
-        return _compact(keep, shifted.div(step, rounding_mode="floor"), BIG)
+        return _compact(keep, shifted.div(step, rounding_mode="floor"), FAR)
 
-    def _ranges(
-        self, entries: Tensor, low: Tensor, last: Tensor, clean: Tensor, on_diagonal: Tensor, real: Tensor
-    ) -> Tiles:
-        """Counts of entries up to each limit ([blocks] or [B, blocks]) become ranges."""
-        high = torch.maximum(_count(entries, last, right=True), low)
-        diagonal_end = torch.minimum(low + on_diagonal.int(), high)
-        clean_end = torch.minimum(torch.maximum(_count(entries, clean, right=True), diagonal_end), high)
-        bounds = torch.stack([low, diagonal_end, clean_end, high], -1)
-        return Tiles(entries, bounds.masked_fill(~real[:, None], 0).int().contiguous(), False)
-
-    def _listed(self, transposed: bool) -> Tiles:
-        """Lists of slots per block, for placements that are no progression."""
-        pattern, block = self.pattern, self.block
-        diagonals = pattern.diagonals
-        assert diagonals is not None
-        mine, others, host = (
-            (self.k_ids, self.q_ids, self.host_q_ids) if transposed else (self.q_ids, self.k_ids, self.host_k_ids)
-        )
-        table = torch.full((pattern.num_blocks,), -1, dtype=torch.int64)
-        real = host < pattern.num_blocks
-        table[host[real]] = torch.arange(len(host))[real]
-        offset = diagonals[:, :, None, :]
-        other = mine[:, None] + offset if transposed else mine[:, None] - offset
-        inside = (offset >= 0) & (other >= 0) & (other < pattern.num_blocks) & (mine[:, None] < pattern.num_blocks)
-        slot = self._send(table)[other.clamp(0, pattern.num_blocks - 1).long()]
-        keep = inside & (slot >= 0)
-        clean = keep & (offset > 0)
-        if self.doc_start is not None:
-            query = slot.clamp(min=0).long() if transposed else None
-            first, final = (self._open_of(x, query) for x in (self.first_open, self.last_open))
-            key = mine[:, None] if transposed else other
-            keep = keep & ((key + 1) * block > first)
-            clean = keep & (offset > 0) & (key * block >= final)
-        diagonal_end = (keep & (offset == 0)).sum(-1)
-        counts = torch.stack(
-            [torch.zeros_like(diagonal_end), diagonal_end, diagonal_end + clean.sum(-1), keep.sum(-1)], -1
-        )
-        width = max(1, min(diagonals.shape[2], len(others)))
-        small = torch.int16 if len(others) <= 1 << 15 else torch.int32
-        entries = _compact(keep, slot, 0)[..., :width].to(small, memory_format=torch.contiguous_format)
-        return Tiles(entries, counts.int().contiguous(), True)
-
-    def _open_of(self, bound: Tensor, query: Tensor | None) -> Tensor:
-        """A document bound [B, nq] for every (block, entry): of the query block itself, or of the query slots given."""
-        if query is None:
-            return bound[:, None, :, None]
-        batch, heads = query.shape[:2]
-        return bound[:, None].expand(batch, heads, -1).gather(2, query.flatten(2)).view_as(query)
+    def _slots_by_id(self, host_ids: Tensor) -> Tensor:
+        """[NB] on the device: the slot of every block id, -1 where it is not here."""
+        table = torch.full((self.pattern.num_blocks,), -1, dtype=slot_dtype(len(host_ids)))
+        real = host_ids < self.pattern.num_blocks
+        table[host_ids[real]] = torch.arange(len(host_ids), dtype=table.dtype)[real]
+        return upload(table, self.device)
 
     def _build_columns(self) -> Columns:
         pattern, block = self.pattern, self.block
@@ -271,10 +236,7 @@ class DeviceIndex:
         """(rows in k, is it there) of every column [B, H, C]."""
         pattern, block = self.pattern, self.block
         if self.has_key_blocks:
-            table = torch.full((pattern.num_blocks,), -1, dtype=torch.int64)
-            real = self.host_k_ids < pattern.num_blocks
-            table[self.host_k_ids[real]] = torch.arange(self.num_k)[real]
-            slot = self._send(table)[(column // block).clamp(max=pattern.num_blocks - 1)]
+            slot = self._slots_by_id(self.host_k_ids)[(column // block).clamp(max=pattern.num_blocks - 1)].long()
             return slot * block + column % block, slot >= 0
         held = self.column_positions
         assert held is not None
@@ -293,14 +255,6 @@ def _common_steps(q_ids: Tensor, k_ids: Tensor) -> tuple[int, int] | None:
     if len(steps) > 1 or any(step < 1 for step in steps):
         return None
     return int(k_ids[0] - q_ids[0]), next(iter(steps), 1)
-
-
-def _entry_of_zero(origin: int, step: int) -> int:
-    return origin // step
-
-
-def _divides(origin: int, step: int) -> bool:
-    return origin % step == 0
 
 
 def _count(ordered: Tensor, limits: Tensor, right: bool) -> Tensor:

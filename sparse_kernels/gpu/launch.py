@@ -16,7 +16,7 @@ from sparse_kernels.gpu import backward as kernels_backward
 from sparse_kernels.gpu import columns as kernels_columns
 from sparse_kernels.gpu import structured as kernels_forward
 from sparse_kernels.gpu.config import Tile, padded_head_dim, tile_for
-from sparse_kernels.gpu.index import DeviceIndex
+from sparse_kernels.gpu.index import DeviceIndex, start
 from sparse_kernels.view import ShardView
 
 FOLD_ROWS = 16
@@ -38,14 +38,6 @@ def check_shapes(q: Tensor, k: Tensor, view: ShardView) -> None:
             raise ValueError(f"{held}: pad {name} to whole blocks")
     if pattern.device != q.device:
         raise ValueError(f"the pattern is on {pattern.device} and q on {q.device}; use pattern.to({str(q.device)!r})")
-
-
-def start(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
-    """Every launch goes through here, so that a test can see what would be launched.
-
-    Multiply and add are fused explicitly: newer Triton versions no longer do so by default.
-    """
-    kernel[grid](**arguments, enable_fp_fusion=True)
 
 
 def compute_major(device: torch.device) -> int:
@@ -108,7 +100,8 @@ class Call:
     def query_arguments(self) -> dict[str, Any]:
         """What the kernels that run by query tile read from the index."""
         index = self.index
-        tiles, columns = index.query_tiles if index.num_k else None, index.columns if index.has_columns else None
+        tiles = index.tiles(by_key=False) if index.num_k else None
+        columns = index.columns if index.has_columns else None
         nothing = index.q_ids
         return {
             "entries": nothing if tiles is None else tiles.entries,
@@ -241,7 +234,7 @@ def _block_gradient(
 ) -> None:
     """Writes every row of dk and dv."""
     tile, index = call.tile("dkdv"), call.index
-    tiles = index.key_tiles
+    tiles = index.tiles(by_key=True)
     grid = (k.shape[1] // tile.n, call.kv_heads, call.batch)
     start(
         kernels_backward.dkdv_kernel, grid,

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from sparse_kernels.gpu import launch
+from sparse_kernels.gpu import index, launch
 from sparse_kernels.gpu.resources import Resources, arguments_of, measure
 from sparse_kernels.pattern import SparsePattern
 from sparse_kernels.view import ShardView
@@ -62,6 +62,7 @@ def structured_launches(
 
     with (
         mock.patch.object(launch, "start", record),
+        mock.patch.object(index, "start", record),
         mock.patch.object(launch, "compute_major", lambda _: capability // 10),
     ):
         launch.forward(q, k, k, view, 1.0, (out, lse))

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_kernels import ShardView, SparsePattern, sparse_attention
 from sparse_kernels.backends import resolve_backend
 from sparse_kernels.gpu import TritonBackend, launch
+from sparse_kernels.gpu import index as index_module
 from sparse_kernels.gpu.config import Tile
 from sparse_kernels.gpu.index import DeviceIndex
 from sparse_kernels.reference_backend import ReferenceBackend
@@ -135,7 +136,7 @@ def test_placements_use_the_index_that_fits() -> None:
     stripes, mixed = torch.arange(1, 13, 3), torch.tensor([1, 5, 2, 9])
     for keys, listed in ((stripes, False), (stripes - 1, False), (torch.arange(4), True), (mixed, True)):
         index = DeviceIndex(ShardView(case.pattern, stripes, k_blocks=keys), torch.device("cpu"))
-        assert index.query_tiles.listed == index.key_tiles.listed == listed
+        assert all(index.tiles(by_key=by_key).listed == listed for by_key in (False, True))
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
@@ -154,8 +155,9 @@ def test_a_view_and_its_index_die_with_the_last_reference(backend: str) -> None:
         gc.enable()
 
 
-def test_index_holds_every_tile_once() -> None:
+def test_index_holds_every_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles of both directions are exactly those of the pattern, documents included; none is visited for nothing."""
+    monkeypatch.setattr(index_module, "TILE_SCAN", 4)  # several looks at the diagonals of a head
     case = make_case(13, 300, 16, columns=0, diagonals=7, documents=0.02, batch=2, head_dim=16)
     every = case.every
     shuffled = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(1))]
@@ -165,7 +167,8 @@ def test_index_holds_every_tile_once() -> None:
         mask = view.mask().unflatten(2, (-1, 16)).unflatten(4, (-1, 16))
         some, whole = mask.any(5).any(3), mask.all(5).all(3)
         index = DeviceIndex(view, torch.device("cpu"))
-        for tiles, sign, swap in ((index.query_tiles, -1, False), (index.key_tiles, 1, True)):
+        for sign, swap in ((-1, False), (1, True)):
+            tiles = index.tiles(by_key=swap)
             visited, unmasked = torch.zeros_like(some), torch.zeros_like(some)
             for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in tiles.bounds.shape[:3])).tolist():
                 low, diagonal_end, clean_end, high = tiles.bounds[b, h, i].tolist()
@@ -215,8 +218,9 @@ def test_empty_shards(empty: str) -> None:
     assert dq.shape == q.shape and dk.shape == dv.shape == k.shape and not dq.any() and not dk.any() and not dv.any()
 
 
-def test_the_index_never_reads_the_device() -> None:
+def test_the_index_never_reads_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Built on the meta device, where there is nothing to read."""
+    monkeypatch.setattr(index_module, "start", lambda *_, **__: None)
     pattern = make_case(13, 300, 16, columns=40, diagonals=7, head_dim=16).pattern.to("meta")
     stripes, mixed = torch.arange(1, 19, 3), torch.tensor([1, 5, 2, 9, 30, 0])
     start, held = (
@@ -229,7 +233,50 @@ def test_the_index_never_reads_the_device() -> None:
             index = DeviceIndex.of(view, torch.device("meta"))
             assert index.columns.ranges.is_meta and index.column_tile_ranges(64).shape == (1, 2, 1, 2)
             if "k_blocks" in keys:
-                assert index.query_tiles.bounds.shape == index.key_tiles.bounds.shape == (1, 2, 6, 4)
+                assert all(index.tiles(by_key=by_key).bounds.shape == (1, 2, 6, 4) for by_key in (False, True))
+
+
+def index_bytes(index: DeviceIndex) -> tuple[int, int]:
+    """(held between kernels, made for one kernel), the pattern's own tensors excepted."""
+    largest = 0
+    for by_key in (False, True):
+        tiles = index.tiles(by_key=by_key)
+        made = [tiles.bounds] + ([tiles.entries] if tiles.listed else [])
+        largest = max(largest, sum(t.numel() * t.element_size() for t in made))
+    own = [*vars(index).values(), *index._slot_of.values()]
+    held = {id(t): t for t in own if isinstance(t, Tensor) and t.is_meta and t is not index.pattern.diagonals}
+    return sum(t.numel() * t.element_size() for t in held.values()), largest
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+@pytest.mark.parametrize("placement", ["striped", "zigzag", "balanced", "gathered"])
+@pytest.mark.parametrize("ranks", [8, 32])
+@pytest.mark.parametrize("seq_len", [1 << 17, 1 << 19])
+def test_the_index_of_a_ring_step_is_small(
+    seq_len: int, ranks: int, placement: str, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against K and V of a shard (bf16, 8 heads of 128; 32 query heads of 200 diagonals, blocks of 64): what a view keeps until the
+    backward, and what lives only while one kernel runs."""
+    monkeypatch.setattr(index_module, "start", lambda *_, **__: None)
+    number = seq_len // 64
+    ids = torch.arange(number)
+    shards = [ids[r::ranks] for r in range(ranks)]
+    if placement == "gathered":
+        shards[0] = torch.cat(shards)
+    elif placement == "zigzag":
+        runs = ids.chunk(2 * ranks)
+        shards = [torch.cat([runs[r], runs[2 * ranks - 1 - r]]) for r in range(ranks)]
+    elif placement == "balanced":
+        shards = list(torch.randperm(number, generator=torch.Generator().manual_seed(0)).chunk(ranks))
+    diagonals = torch.zeros(1, 32, 200, dtype=torch.int32, device="meta")
+    doc_start = torch.zeros(1, seq_len // ranks, dtype=torch.int64, device="meta") if documents else None
+    view = ShardView(
+        SparsePattern(seq_len, 64, diagonals=diagonals), shards[1], k_blocks=shards[0], doc_start=doc_start
+    )
+    held, transient = index_bytes(DeviceIndex.of(view, torch.device("meta")))
+    keys = 2 * 2 * len(shards[0]) * 64 * 8 * 128
+    assert held <= 0.01 * keys
+    assert transient <= (0.002 if placement == "striped" else 0.051) * keys
 
 
 def test_rows_without_keys_anywhere() -> None:
