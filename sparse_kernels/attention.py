@@ -47,8 +47,8 @@ def sparse_attention(
     missing = pattern.num_blocks * pattern.block - pattern.seq_len
     if missing:
         q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing)) for t in (q, k, v))
-    out, lse = attention(q, k, v, index, sizes, scale, backend)
-    out = out[:, : pattern.seq_len].to(q.dtype)
+    out, lse, _ = attention(q, k, v, index, sizes, scale, backend)
+    out = out[:, : pattern.seq_len]
     return (out, lse[:, :, : pattern.seq_len]) if return_lse else out
 
 

@@ -26,7 +26,7 @@ _PATTERN = "Tensor?[] index, SymInt[] sizes, float scale, str backend"
 @torch.library.custom_op(
     "sparse_kernels::attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor, Tensor)",
 )
 def attention(
     q: Tensor,
@@ -36,7 +36,7 @@ def attention(
     sizes: Sequence[int],
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of the whole sequence under a pattern taken apart by `flatten`; differentiable in q, k and v.
 
     Args:
@@ -46,14 +46,18 @@ def attention(
         backend: "auto" or a name of `sparse_kernels.backends()`.
 
     Returns:
-        out [B, NB * b, H, D] and lse [B, H, NB * b], both float32 (float64 for float64 inputs): the backward needs the out that
-        lse describes, not a rounded one. No gradient flows through lse.
+        out [B, NB * b, H, D] in the dtype of q, so that its gradient has no wider one; lse [B, H, NB * b] float32 (float64 for
+        float64 inputs); and exact, out before it was rounded to q's dtype, because the backward needs the out that lse
+        describes: float32 like out, or without elements where out was not rounded. Only out carries a gradient.
     """
     view, chosen = _prepare(q, index, sizes, backend)
     # The reference backend multiplies matrices, which autocast would do in bfloat16.
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = chosen.forward(q, k, v, view, scale)
-    return out.contiguous(), lse.contiguous()
+        exact, lse = chosen.forward(q, k, v, view, scale)
+    if exact.dtype == q.dtype:
+        return exact.contiguous(), lse.contiguous(), exact.new_empty(0)
+    exact = exact.contiguous()
+    return exact.to(q.dtype), lse.contiguous(), exact
 
 
 @torch.library.custom_op(
@@ -73,10 +77,9 @@ def attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v, given the gradient of out; the rest is as in `attention`."""
+    """Gradients (dq, dk, dv) in the dtypes of q, k, v, given the gradient of out and the exact out; the rest is as in `attention`."""
     view, chosen = _prepare(q, index, sizes, backend)
-    # The caller's gradient had the dtype of q before autograd widened it to that of out: nothing is rounded here.
-    dout = dout.to(q.dtype).contiguous()
+    dout = dout.contiguous()
     with torch.autocast(q.device.type, enabled=False):
         grads = chosen.backward(dout, q, k, v, out, lse, view, scale)
     dq, dk, dv = (g.to(x.dtype).contiguous() for g, x in zip(grads, (q, k, v), strict=True))
@@ -140,10 +143,11 @@ def _fake_attention(
     sizes: Sequence[int],
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(q.dtype)
     batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, length), dtype=dtype)
+    exact = q.new_empty((0,) if dtype == q.dtype else q.shape, dtype=dtype)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=dtype), exact
 
 
 @attention_backward.register_fake
@@ -151,15 +155,15 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, index, *ctx.settings = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, *index)
-    ctx.mark_non_differentiable(lse)
+    out, lse, exact = output
+    ctx.save_for_backward(q, k, v, out if exact.dtype == out.dtype else exact, lse, *index)
+    ctx.mark_non_differentiable(lse, exact)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None, _dexact: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *index = ctx.saved_tensors
     # torch takes a list of tensors for a structure that the gradients must repeat, a list with a None in it for one value.
     structure = None if any(x is None for x in index) else [None] * len(index)

@@ -46,8 +46,9 @@ def test_opcheck(backend: str, variant: str) -> None:
     starts = torch.where(torch.arange(24) < 11, 0, 11).expand(2, -1) if variant == "documents" else None
     index, sizes = flatten(pattern, pad_doc_start(starts, pattern))
     torch.library.opcheck(attention, (q, k, v, index, sizes, 0.3, backend))
-    out, lse = attention(q.detach(), k.detach(), v.detach(), index, sizes, 0.3, backend)
-    arguments = (torch.randn_like(out), q.detach(), k.detach(), v.detach(), out, lse, index, sizes, 0.3, backend)
+    out, lse, exact = attention(q.detach(), k.detach(), v.detach(), index, sizes, 0.3, backend)
+    exact = exact if exact.numel() else out
+    arguments = (torch.randn_like(out), q.detach(), k.detach(), v.detach(), exact, lse, index, sizes, 0.3, backend)
     torch.library.opcheck(attention_backward, arguments)
 
 
@@ -114,6 +115,31 @@ def test_meta_tensors_flow_through() -> None:
     assert lse.shape == (2, 4, 29) and lse.dtype == torch.float32 and not lse.requires_grad
     dq, dk, dv = gradients(out.sum(), q, k, v)
     assert dq.is_meta and dk.shape == k.shape and dv.dtype == v.dtype
+
+
+@pytest.mark.parametrize("seq_len", [24, 29])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_of_out_is_never_widened_and_its_backward_sees_the_exact_out(
+    dtype: torch.dtype, seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 gradient of a bfloat16 output would take twice the room of the output; a rounded out would cost accuracy."""
+    from sparse_kernels.cpu import CpuBackend
+
+    q, k, v, pattern = case(seq_len, dtype=dtype)
+    states: list[Tensor] = []
+    forward, backward = CpuBackend.forward, CpuBackend.backward
+    monkeypatch.setattr(CpuBackend, "forward", lambda *args: states.append(forward(*args)) or states[-1])
+    monkeypatch.setattr(CpuBackend, "backward", lambda *args: states.append(args[5].clone()) or backward(*args))
+    out = sparse_attention(q, k, v, pattern, backend="cpu")
+    kinds, nodes = [], [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        node.register_prehook(lambda grads: kinds.extend(g.dtype for g in grads if g is not None))
+        nodes += [after for after, _ in node.next_functions if after is not None]
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    assert len(kinds) >= 5 and set(kinds) == {dtype}
+    (exact, _), seen = states
+    assert exact.dtype == torch.float32 and torch.equal(seen, exact)
 
 
 def test_no_gradient_is_asked_of_inputs_that_need_none() -> None:
