@@ -77,7 +77,7 @@ def attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) in the dtypes of q, k, v, given the gradient of out and the exact out; the rest is as in `attention`."""
+    """(dq, dk, dv) in the dtypes of q, k, v, given the gradient of out and the exact out; the rest is as in `attention`."""
     view, chosen = _prepare(q, index, sizes, backend)
     dout = dout.contiguous()
     with torch.autocast(q.device.type, enabled=False):

@@ -14,6 +14,7 @@ from sparse_kernels.gpu.structured import (
     key_gradient,
     load_lse2,
     load_rows,
+    load_state,
     load_tile,
     row_gradient,
     store_tile,
@@ -131,11 +132,15 @@ def dq_kernel(
 @triton.jit
 def gradient_of_keys(
     dk, dv, k, v, q, dout, lse, delta, q_row, dout_row, entries, begin, end, first_sub, k_slot, k_position, k_id,
-    doc_start, scale2,
+    doc_start, tail_slot, tail_rows, scale2,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_DOCS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr,
-    BM: tl.constexpr, LISTED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Entries [begin, end) of a key tile against the query tiles of one head, from tile ``first_sub`` of each block on."""
+    """Entries [begin, end) of a key tile against the query tiles of one head, from tile ``first_sub`` of each block on.
+
+    TAIL: of the query block in ``tail_slot`` only the first ``tail_rows`` rows exist. The others may hold anything, so they are
+    not read: NaN times a probability of 0 is NaN.
+    """
     inner = tl.arange(0, BM)
     subs = PB // BM - first_sub
     for step in range(begin * subs, end * subs):
@@ -143,8 +148,9 @@ def gradient_of_keys(
         q_slot = entry if LISTED else k_slot + entry
         q_inner = (first_sub + step % subs) * BM + inner
         first = q_slot.to(tl.int64) * PB
-        queries = load_tile(q, first, q_inner, q_row, q_inner, D, DP, False, UPCAST)
-        grads = load_tile(dout, first, q_inner, dout_row, q_inner, D, DP, False, UPCAST)
+        live = q_inner < tl.where(q_slot == tail_slot, tail_rows, PB)
+        queries = load_tile(q, first, q_inner, q_row, live, D, DP, TAIL, UPCAST)
+        grads = load_tile(dout, first, q_inner, dout_row, live, D, DP, TAIL, UPCAST)
         keep = q_inner >= 0
         if MASKED:
             keep = k_position[:, None] >= 0
@@ -152,18 +158,18 @@ def gradient_of_keys(
                 keep = k_position[:, None] <= (k_id * PB + q_inner)[None, :]
             if HAS_DOCS:
                 keep = keep & (k_position[:, None] >= tl.load(doc_start + first + q_inner)[None, :])
-        lse2, row_delta = load_lse2(lse + first, q_inner), tl.load(delta + first + q_inner)
+        lse2, row_delta = load_state(lse + first, delta + first, q_inner, live, TAIL)
         dk, dv = key_gradient(dk, dv, queries, k, v, grads, lse2, row_delta, scale2, keep, MASKED, PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "num_entries", "seq_len"])
+@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "num_entries", "seq_len", "tail_slot", "tail_rows"])
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, entries, bounds, k_ids, doc_start,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head,
-    q_blocks, k_blocks, num_heads, num_entries, seq_len, scale, scale2,
+    q_blocks, k_blocks, num_heads, num_entries, seq_len, tail_slot, tail_rows, scale, scale2,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_DOCS: tl.constexpr, LISTED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCS: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the diagonals of one key tile, summed over the query heads of its group in order.
 
@@ -195,17 +201,17 @@ def dkdv_kernel(
         own_lse, own_delta = lse + bh * total_rows, delta + bh * total_rows
         acc_k, acc_v = gradient_of_keys(
             acc_k, acc_v, keys, values, own_q, own_dout, own_lse, own_delta, q_row, dout_row, own, low, diagonal_end,
-            first_sub, k_slot, k_position, k_id, doc_start, scale2,
-            True, True, HAS_DOCS, D, DP, PB, BM, LISTED, UPCAST, PRECISION)  # fmt: skip
+            first_sub, k_slot, k_position, k_id, doc_start, tail_slot, tail_rows, scale2,
+            True, True, HAS_DOCS, D, DP, PB, BM, LISTED, TAIL, UPCAST, PRECISION)  # fmt: skip
         acc_k, acc_v = gradient_of_keys(
             acc_k, acc_v, keys, values, own_q, own_dout, own_lse, own_delta, q_row, dout_row, own, diagonal_end, clean_end,
-            0, k_slot, k_position, k_id, doc_start, scale2,
-            False, False, HAS_DOCS, D, DP, PB, BM, LISTED, UPCAST, PRECISION)  # fmt: skip
+            0, k_slot, k_position, k_id, doc_start, tail_slot, tail_rows, scale2,
+            False, False, HAS_DOCS, D, DP, PB, BM, LISTED, TAIL, UPCAST, PRECISION)  # fmt: skip
         if HAS_DOCS:
             acc_k, acc_v = gradient_of_keys(
                 acc_k, acc_v, keys, values, own_q, own_dout, own_lse, own_delta, q_row, dout_row, own, clean_end, high,
-                0, k_slot, k_position, k_id, doc_start, scale2,
-                False, True, HAS_DOCS, D, DP, PB, BM, LISTED, UPCAST, PRECISION)  # fmt: skip
+                0, k_slot, k_position, k_id, doc_start, tail_slot, tail_rows, scale2,
+                False, True, HAS_DOCS, D, DP, PB, BM, LISTED, TAIL, UPCAST, PRECISION)  # fmt: skip
     kv_heads = num_heads // G
     first = (batch * k_blocks * PB * kv_heads + kv_head) * D
     store_tile(dk + first, k_first, k_inner, kv_heads * D, acc_k * scale, D, DP)

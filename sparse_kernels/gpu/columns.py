@@ -10,17 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_kernels.gpu.structured import key_gradient, load_lse2, load_rows, load_tile
+from sparse_kernels.gpu.structured import key_gradient, load_rows, load_state, load_tile
 
 
-@triton.jit(do_not_specialize=["q_blocks", "num_columns", "num_blocks", "splits"])
+@triton.jit(do_not_specialize=["q_blocks", "num_columns", "num_blocks", "splits", "seq_len"])
 def column_kernel(
     q, k, v, dout, lse, delta, part_k, part_v,
     positions, column_rows, counts, tile_ranges, covered, order, ordered_ids, doc_start,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head,
-    q_blocks, num_heads, num_columns, num_blocks, splits, scale2,
+    q_blocks, num_heads, num_columns, num_blocks, splits, seq_len, scale2,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_DOCS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCS: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial dk (not scaled) and dv of one column tile of one query head over one run of the query blocks after it.
 
@@ -55,17 +55,16 @@ def column_kernel(
     for step in range(low * (PB // BM), high * (PB // BM)):
         q_slot, q_id = tl.load(order + step // (PB // BM)), tl.load(ordered_ids + step // (PB // BM))
         first = q_slot.to(tl.int64) * PB + (step % (PB // BM)) * BM
-        queries = load_tile(q, first, inner, q_row, inner, D, DP, False, UPCAST)
-        grads = load_tile(dout, first, inner, dout_row, inner, D, DP, False, UPCAST)
+        live = inner < seq_len - q_id * PB - (step % (PB // BM)) * BM  # rows of padding may hold NaN
+        queries = load_tile(q, first, inner, q_row, live, D, DP, TAIL, UPCAST)
+        grads = load_tile(dout, first, inner, dout_row, live, D, DP, TAIL, UPCAST)
         offset = q_id - home
         keep = (lane < count) & (offset > 0)
         keep = (keep & (tl.load(covered + tl.maximum(offset, 0)) == 0))[:, None]
         if HAS_DOCS:
             keep = keep & (position[:, None] >= tl.load(doc_start + batch * total_rows + first + inner)[None, :])
-        lse2, row_delta = (
-            load_lse2(lse + bh * total_rows + first, inner),
-            tl.load(delta + bh * total_rows + first + inner),
-        )
+        row = bh * total_rows + first
+        lse2, row_delta = load_state(lse + row, delta + row, inner, live, TAIL)
         acc_k, acc_v = key_gradient(
             acc_k, acc_v, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)  # fmt: skip
     # Every lane has its own place: those beyond the count lie in the padding of the list.

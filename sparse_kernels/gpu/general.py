@@ -37,7 +37,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
         if out.numel():
             kernels.forward_kernel[call.query_grid(tiles)](
                 call.q, call.k, call.v, out, lse, carry_out, carry_lse, *call.row_arguments(),
-                call.scale2, call.heads, call.group, view.pattern.seq_len, call.num_q, call.num_blocks, call.room,
+                call.scale2, call.heads, call.group, call.seq_len, call.num_q, call.num_blocks, call.room,
                 call.width, *call.strides(), *call.block_strides(),
                 HAS_CARRY=carry is not None, **call.flags(), **call.launch(tiles),
             )  # fmt: skip
@@ -84,7 +84,7 @@ class _Gradient:
         if dq.numel():
             kernels.dq_kernel[call.query_grid(tiles)](
                 call.q, call.k, call.v, self.dout, self.lse, self.delta, dq, *call.row_arguments(),
-                call.scale2, self.scale, call.heads, call.group, call.num_q, call.num_blocks, call.room, call.width,
+                call.scale2, self.scale, call.heads, call.group, call.seq_len, call.num_q, call.num_blocks, call.room, call.width,
                 *call.strides(self.dout), *call.block_strides(), **call.flags(), **call.launch(tiles),
             )  # fmt: skip
         return dq
@@ -101,8 +101,8 @@ class _Gradient:
             kernels.dkdv_kernel[(call.num_k * (call.block // tiles.n), call.batch * call.kv_heads)](
                 call.q, call.k, call.v, self.dout, self.lse, self.delta, dk, dv, call.index.doc_start,
                 call.index.q_ids, call.index.k_ids, cols.diagonal, cols.start, cols.count, cols.entries,
-                call.scale2, self.scale, call.heads, call.group, call.num_q, call.num_k, call.room,
-                *call.strides(self.dout), HAS_DOC=call.index.doc_start is not None, **call.launch(tiles),
+                call.scale2, self.scale, call.heads, call.group, call.seq_len, call.num_q, call.num_k, call.room,
+                *call.strides(self.dout), HAS_DOC=call.index.doc_start is not None, TAIL=call.has_tail, **call.launch(tiles),
             )  # fmt: skip
         return dk, dv
 
@@ -117,9 +117,9 @@ class _Gradient:
             call.q, call.k, call.v, self.dout, self.lse, self.delta, *parts, index.doc_start,
             index.q_ids, columns.order, index.offsets, index.blocks if index.blocks is not None else index.offsets,
             columns.position, columns.row, columns.first,
-            call.scale2, self.scale, call.heads, call.group, call.num_q, columns.live, call.num_blocks, call.width,
+            call.scale2, self.scale, call.heads, call.group, call.seq_len, call.num_q, columns.live, call.num_blocks, call.width,
             *call.strides(self.dout), *call.block_strides(),
-            HAS_BLOCKS=index.blocks is not None, HAS_DOC=index.doc_start is not None, **call.launch(tiles),
+            HAS_BLOCKS=index.blocks is not None, HAS_DOC=index.doc_start is not None, TAIL=call.has_tail, **call.launch(tiles),
         )  # fmt: skip
         rows = 64
         for member in range(call.group):
@@ -149,7 +149,9 @@ class _Call:
         self.kv_heads, self.block = k.shape[2], view.pattern.block
         self.group = self.heads // self.kv_heads
         self.num_q, self.num_k = len(view.q_blocks), 0 if view.k_blocks is None else len(view.k_blocks)
-        self.num_blocks = view.pattern.num_blocks
+        self.num_blocks, self.seq_len = view.pattern.num_blocks, view.pattern.seq_len
+        # Does the end of the sequence cut one of the query blocks?
+        self.has_tail = bool(self.seq_len % self.block) and bool((view.q_blocks == self.num_blocks - 1).any())
         if self.length != self.num_q * self.block or (self.batch, self.heads) != (
             view.pattern.batch,
             view.pattern.heads,

@@ -114,8 +114,9 @@ def forward_kernel(
         near = tl.where(key_slot < 0, 0, ((part + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N)
         for sub in range(near):
             at = sub * BLOCK_N + n
-            k_tile = _load_rows(k_base, key_slot * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
-            v_tile = _load_rows(v_base, key_slot * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
+            there = at < seq_len - q_id * BLOCK  # rows of padding may hold NaN
+            k_tile = _load_rows(k_base, key_slot * BLOCK + at, k_ss, there, HEAD_DIM, BLOCK_D, True, UPCAST)
+            v_tile = _load_rows(v_base, key_slot * BLOCK + at, v_ss, there, HEAD_DIM, BLOCK_D, True, UPCAST)
             keep = at[None, :] <= inner[:, None]
             if HAS_DOC:
                 keep = keep & ((q_id * BLOCK + at)[None, :] >= low[:, None])
@@ -176,6 +177,21 @@ def _load_lse(lse, rows):
 
 
 @triton.jit
+def _load_queries(
+    q, dout, lse, delta, rows, q_ss, do_ss, live,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """q, dout, lse in base 2 and delta of query rows. TAIL: rows that are not live are padding, which may hold NaN, and read as
+    rows without keys."""
+    q_tile = _load_rows(q, rows, q_ss, live, HEAD_DIM, BLOCK_D, TAIL, UPCAST)
+    do = _load_rows(dout, rows, do_ss, live, HEAD_DIM, BLOCK_D, TAIL, UPCAST)
+    lse2, d = _load_lse(lse, rows), tl.load(delta + rows)
+    if TAIL:
+        lse2, d = tl.where(live, lse2, float("inf")), tl.where(live, d, 0.0)
+    return q_tile, do, lse2, d
+
+
+@triton.jit
 def _row_gradient(q, do, k, v, keep, lse2, delta, dq, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """dq += dS K of one tile (without the scale)."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -187,11 +203,11 @@ def _row_gradient(q, do, k, v, keep, lse2, delta, dq, scale2, MASKED: tl.constex
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_q", "num_blocks", "room", "width"])
+@triton.jit(do_not_specialize=["seq_len", "num_q", "num_blocks", "room", "width"])
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, doc_start,
     q_ids, k_ids, diagonal, start, count, entries, offsets, blocks, column_position, column_row, column_before,
-    scale2, scale, heads, group, num_q, num_blocks, room, width,
+    scale2, scale, heads, group, seq_len, num_q, num_blocks, room, width,
     q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr,
@@ -221,8 +237,9 @@ def dq_kernel(
         near = tl.where(key_slot < 0, 0, ((part + 1) * BLOCK_M + BLOCK_N - 1) // BLOCK_N)
         for sub in range(near):
             at = sub * BLOCK_N + n
-            k_tile = _load_rows(k_base, key_slot * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
-            v_tile = _load_rows(v_base, key_slot * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
+            there = at < seq_len - q_id * BLOCK  # rows of padding may hold NaN
+            k_tile = _load_rows(k_base, key_slot * BLOCK + at, k_ss, there, HEAD_DIM, BLOCK_D, True, UPCAST)
+            v_tile = _load_rows(v_base, key_slot * BLOCK + at, v_ss, there, HEAD_DIM, BLOCK_D, True, UPCAST)
             keep = at[None, :] <= inner[:, None]
             if HAS_DOC:
                 keep = keep & ((q_id * BLOCK + at)[None, :] >= low[:, None])
@@ -252,9 +269,8 @@ def dq_kernel(
             v_tile = _load_rows(v_base, row, v_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
             keep = live[None, :] & (key[None, :] >= low[:, None])
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, True, PRECISION)
-    _store_rows(
-        dq + (b * length * heads + h) * HEAD_DIM, rows, heads * HEAD_DIM, rows >= 0, acc * scale, HEAD_DIM, BLOCK_D
-    )
+    acc = tl.where((q_id * BLOCK + inner < seq_len)[:, None], acc * scale, 0.0)
+    _store_rows(dq + (b * length * heads + h) * HEAD_DIM, rows, heads * HEAD_DIM, rows >= 0, acc, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -271,13 +287,13 @@ def _key_gradient(q, do, k, v, keep, lse2, delta, dk, dv, scale2, MASKED: tl.con
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_q", "num_k", "room"])
+@triton.jit(do_not_specialize=["seq_len", "num_q", "num_k", "room"])
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, doc_start, q_ids, k_ids, diagonal, start, count, entries,
-    scale2, scale, heads, group, num_q, num_k, room,
+    scale2, scale, heads, group, seq_len, num_q, num_k, room,
     q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_DOC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_DOC: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N rows of one key-value head: its query heads one after the other, each by its own list."""
     SUB_M: tl.constexpr = BLOCK // BLOCK_M
@@ -289,8 +305,9 @@ def dkdv_kernel(
     inner = part * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = slot * BLOCK + inner
     position = tl.load(k_ids + slot) * BLOCK + inner
-    k_tile = _load_rows(k + b * k_sb + kv * k_sh, rows, k_ss, inner, HEAD_DIM, BLOCK_D, False, UPCAST)
-    v_tile = _load_rows(v + b * v_sb + kv * v_sh, rows, v_ss, inner, HEAD_DIM, BLOCK_D, False, UPCAST)
+    there = position < seq_len
+    k_tile = _load_rows(k + b * k_sb + kv * k_sh, rows, k_ss, there, HEAD_DIM, BLOCK_D, True, UPCAST)
+    v_tile = _load_rows(v + b * v_sb + kv * v_sh, rows, v_ss, there, HEAD_DIM, BLOCK_D, True, UPCAST)
     length = num_q.to(tl.int64) * BLOCK
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -305,9 +322,10 @@ def dkdv_kernel(
         for sub in range(begin, near):
             at = sub * BLOCK_M + m
             here = q_slot * BLOCK + at
-            q_tile = _load_rows(q_base, here, q_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
-            do = _load_rows(do_base, here, do_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
-            lse2, d = _load_lse(lse, bh * length + here), tl.load(delta + bh * length + here)
+            live = at < seq_len - tl.load(q_ids + q_slot) * BLOCK
+            q_tile, do, lse2, d = _load_queries(
+                q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss, live,
+                HEAD_DIM, BLOCK_D, TAIL, UPCAST)  # fmt: skip
             keep = inner[:, None] <= at[None, :]
             if HAS_DOC:
                 keep = keep & (position[:, None] >= tl.load(doc_start + b * length + here)[None, :])
@@ -316,10 +334,15 @@ def dkdv_kernel(
             )
         list_base = entries + bh * room + tl.load(start + slot)
         for step in range(tl.load(count + bh * num_k + slot) * SUB_M):
-            here = tl.load(list_base + step // SUB_M).to(tl.int32) * BLOCK + (step % SUB_M) * BLOCK_M + m
-            q_tile = _load_rows(q_base, here, q_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
-            do = _load_rows(do_base, here, do_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
-            lse2, d = _load_lse(lse, bh * length + here), tl.load(delta + bh * length + here)
+            far = tl.load(list_base + step // SUB_M).to(tl.int32)
+            at = (step % SUB_M) * BLOCK_M + m
+            here = far * BLOCK + at
+            live = at >= 0
+            if TAIL:
+                live = at < seq_len - tl.load(q_ids + far) * BLOCK
+            q_tile, do, lse2, d = _load_queries(
+                q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss, live,
+                HEAD_DIM, BLOCK_D, TAIL, UPCAST)  # fmt: skip
             keep = here[None, :] >= 0
             if HAS_DOC:
                 keep = position[:, None] >= tl.load(doc_start + b * length + here)[None, :]
@@ -331,14 +354,14 @@ def dkdv_kernel(
     _store_rows(dv + at_head, rows, kv_heads * HEAD_DIM, rows >= 0, dv_tile, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_q", "num_live", "num_blocks", "width"])
+@triton.jit(do_not_specialize=["seq_len", "num_q", "num_live", "num_blocks", "width"])
 def column_kernel(
     q, k, v, dout, lse, delta, dk, dv, doc_start,
     q_ids, order, offsets, blocks, column_position, column_row, column_first,
-    scale2, scale, heads, group, num_q, num_live, num_blocks, width,
+    scale2, scale, heads, group, seq_len, num_q, num_live, num_blocks, width,
     q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [B, H, C, D] of BLOCK_N columns of one query head, from the first query block that lies behind them."""
     SUB_M: tl.constexpr = BLOCK // BLOCK_M
@@ -366,9 +389,9 @@ def column_kernel(
             offsets, blocks, bh, blocks_base, q_id, position // BLOCK, live, blocks_sk, num_blocks, HAS_BLOCKS
         )
         here = slot * BLOCK + (step % SUB_M) * BLOCK_M + m
-        q_tile = _load_rows(q_base, here, q_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
-        do = _load_rows(do_base, here, do_ss, here, HEAD_DIM, BLOCK_D, False, UPCAST)
-        lse2, d = _load_lse(lse, bh * length + here), tl.load(delta + bh * length + here)
+        q_tile, do, lse2, d = _load_queries(
+            q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss,
+            (step % SUB_M) * BLOCK_M + m < seq_len - q_id * BLOCK, HEAD_DIM, BLOCK_D, TAIL, UPCAST)  # fmt: skip
         keep = live[:, None] & (here[None, :] >= 0)
         if HAS_DOC:
             keep = keep & (position[:, None] >= tl.load(doc_start + b * length + here)[None, :])

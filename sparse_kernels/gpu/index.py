@@ -93,6 +93,11 @@ class DeviceIndex:
         # Real query blocks in ascending order; padding of a layout takes no part.
         order = torch.argsort(q_ids)
         self.num_real_q = int((q_ids < pattern.num_blocks).sum())
+        # The query block that the end of the sequence cuts, and how many of its rows exist.
+        self.tail_rows = pattern.seq_len - (pattern.num_blocks - 1) * pattern.block
+        place = (q_ids == pattern.num_blocks - 1).int()
+        self.has_tail = self.tail_rows < pattern.block and bool(place.any())
+        self.tail_slot = int(place.argmax()) if self.has_tail else -1
         self.q_ids, self.k_ids = self._send(q_ids), self._send(k_ids)
         self.order = self._send(order)
         self.ordered_ids = self._send(q_ids[order])

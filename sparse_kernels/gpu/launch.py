@@ -241,7 +241,8 @@ def _block_gradient(
         q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, entries=tiles.entries, bounds=tiles.bounds,
         k_ids=index.k_ids, doc_start=index.q_ids if index.doc_start is None else index.doc_start,
         q_blocks=index.num_q, k_blocks=index.num_k, num_heads=call.heads, num_entries=tiles.entries.shape[-1],
-        seq_len=index.pattern.seq_len, scale=scale, scale2=scale * LOG2E, LISTED=tiles.listed,
+        seq_len=index.pattern.seq_len, tail_slot=index.tail_slot, tail_rows=index.tail_rows, TAIL=index.has_tail,
+        scale=scale, scale2=scale * LOG2E, LISTED=tiles.listed,
         **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
     )  # fmt: skip
 
@@ -280,7 +281,7 @@ def _column_gradient(
         q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, part_k=parts[0], part_v=parts[1], positions=columns.positions,
         tile_ranges=index.column_tile_ranges(tile.n), covered=columns.covered, order=index.order, ordered_ids=index.ordered_ids,
         doc_start=index.q_ids if index.doc_start is None else index.doc_start, q_blocks=index.num_q,
-        num_blocks=index.pattern.num_blocks, scale2=scale * LOG2E,
+        num_blocks=index.pattern.num_blocks, seq_len=index.pattern.seq_len, TAIL=index.has_tail, scale2=scale * LOG2E,
         **shared, **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
     )  # fmt: skip
     for member in range(call.group):

@@ -110,6 +110,17 @@ def load_lse2(lse, rows):
 
 
 @triton.jit
+def load_state(lse, delta, rows, live, TAIL: tl.constexpr):
+    """(lse in base 2, delta) of query rows, and with TAIL those of a row without keys where a row is not live."""
+    if TAIL:
+        value = tl.load(lse + rows, mask=live, other=-float("inf")) * 1.4426950408889634
+        lse2 = tl.where(value == -float("inf"), float("inf"), value)
+        return lse2, tl.load(delta + rows, mask=live, other=0.0)
+    else:
+        return load_lse2(lse, rows), tl.load(delta + rows)
+
+
+@triton.jit
 def column_keep(positions, covered, index, live, q_id, doc, PB: tl.constexpr, HAS_DOCS: tl.constexpr):
     """bool [rows or 1, columns]: live, not inside a tile that the diagonals compute, not before the row's document."""
     position = tl.load(positions + index)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_kernels import ShardView, SparsePattern, sparse_attention
 from sparse_kernels.backends import resolve_backend
-from sparse_kernels.gpu import TritonBackend, launch
+from sparse_kernels.gpu import TritonBackend, general, launch
 from sparse_kernels.gpu import index as index_module
 from sparse_kernels.gpu.config import Tile
 from sparse_kernels.gpu.index import DeviceIndex
@@ -314,6 +314,32 @@ def test_keys_outside_the_pattern_are_not_read() -> None:
         [out[:, :6], lse[:, :, :6]] + wanted[2:], [wanted[0][:, 144:150], wanted[1][:, :, 144:150]] + wanted[2:]
     )
     assert not any(g.isnan().any() for g in TRITON.backward(dout, q, k, v, out, lse, view, case.scale))
+
+
+@pytest.mark.parametrize("kernels", ["structured", "general"])
+@pytest.mark.parametrize("documents", [0.0, 0.05], ids=["one", "documents"])
+@pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's maximum over a row of padding
+def test_padding_may_hold_anything(kernels: str, documents: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN behind the end of the sequence and in blocks of padding: the same bits everywhere, and zeros in the padding."""
+    run = TRITON if kernels == "structured" else general
+    monkeypatch.setattr(launch, "tile_for", lambda *_: Tile(16, 16, 4, 2))
+    case = make_case(9, 51, 32, columns=12, diagonals=1, kv_heads=1, documents=documents, head_dim=16)
+    # The whole sequence, and its blocks in another order with two blocks of padding among them.
+    for ids in (case.every, torch.tensor([1, 3, 0])):
+        rows = block_positions(ids, 32)
+        dead = rows >= 51
+        tensors = [t[:, rows.clamp(max=63)].float() for t in (case.q, case.k, case.v, case.dout)]
+        doc_start = None if case.doc_start is None else case.doc_start[:, rows.clamp(max=63)]
+        view = ShardView(case.pattern, ids, k_blocks=ids, inline_columns=True, doc_start=doc_start)
+        results = []
+        for junk in (0.0, torch.nan):
+            q, k, v, dout = (t.masked_fill(dead[:, None, None], junk) for t in tensors)
+            out, lse = run.forward(q, k, v, view, case.scale)
+            carried = run.forward(q, k, v, view, case.scale, (out, lse))
+            results.append([out, lse, *carried, *run.backward(dout, q, k, v, out, lse, view, case.scale)])
+        for i, (clean, found) in enumerate(zip(*results, strict=True)):
+            assert torch.equal(clean, found), i
+            assert found.dim() == 3 or not found[:, dead].any(), i
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
