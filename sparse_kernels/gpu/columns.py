@@ -13,21 +13,33 @@ import triton.language as tl
 from sparse_kernels.gpu.structured import key_gradient, load_rows, load_state, load_tile
 
 
-@triton.jit(do_not_specialize=["q_blocks", "num_columns", "num_blocks", "splits", "seq_len"])
+@triton.jit(
+    do_not_specialize=[
+        "q_blocks",
+        "num_columns",
+        "num_blocks",
+        "num_tiles",
+        "first_column",
+        "held",
+        "splits",
+        "seq_len",
+    ]
+)
 def column_kernel(
     q, k, v, dout, lse, delta, part_k, part_v,
     positions, column_rows, counts, tile_ranges, covered, order, ordered_ids, doc_start,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head,
-    q_blocks, num_heads, num_columns, num_blocks, splits, seq_len, scale2,
+    q_blocks, num_heads, num_columns, num_blocks, num_tiles, first_column, held, splits, seq_len, scale2,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_DOCS: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial dk (not scaled) and dv of one column tile of one query head over one run of the query blocks after it.
 
-    Grid: (column tiles * splits, H, B). part_k, part_v: float32 [splits, B, H, C, D]; tiles beyond a head's count are not written.
+    Grid: (column tiles * splits, H, B), for the ``held`` columns from ``first_column`` (a multiple of BN) on. part_k, part_v:
+    float32 [splits, B, H, held, D]; tiles beyond a head's count are not written.
     """
     pid, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    tile, split = pid // splits, pid % splits
+    tile, split = first_column // BN + pid // splits, pid % splits
     bh = batch * num_heads + head
     count = tl.load(counts + bh)
     if tile * BN >= count:
@@ -39,8 +51,8 @@ def column_kernel(
     keys = load_rows(k + batch * k_batch + kv * k_head, k_rows, k_row, k_rows, D, DP, False, UPCAST)
     values = load_rows(v + batch * v_batch + kv * v_head, k_rows, v_row, k_rows, D, DP, False, UPCAST)
     home = position // PB
-    tiles = tl.num_programs(0) // splits
-    low, high = tl.load(tile_ranges + (bh * tiles + tile) * 2), tl.load(tile_ranges + (bh * tiles + tile) * 2 + 1)
+    low = tl.load(tile_ranges + (bh * num_tiles + tile) * 2)
+    high = tl.load(tile_ranges + (bh * num_tiles + tile) * 2 + 1)
     run = (high - low + splits - 1) // splits
     low += split * run
     high = tl.minimum(low + run, high)
@@ -68,17 +80,17 @@ def column_kernel(
         acc_k, acc_v = key_gradient(
             acc_k, acc_v, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)  # fmt: skip
     # Every lane has its own place: those beyond the count lie in the padding of the list.
-    base = (split * tl.num_programs(2).to(tl.int64) * num_heads + bh) * num_columns * D
+    base = (split * tl.num_programs(2).to(tl.int64) * num_heads + bh) * held * D
     d = tl.arange(0, DP)
-    place = base + lane.to(tl.int64)[:, None] * D + d[None, :]
+    place = base + (lane - first_column).to(tl.int64)[:, None] * D + d[None, :]
     inside = (lane < count)[:, None] & (d < D)[None, :]
     tl.store(part_k + place, acc_k, mask=inside)
     tl.store(part_v + place, acc_v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["member", "num_columns", "key_rows", "splits"])
+@triton.jit(do_not_specialize=["member", "num_columns", "first_column", "held", "key_rows", "splits"])
 def fold_kernel(
-    part_k, part_v, dk, dv, column_rows, counts, member, num_heads, num_columns, key_rows, splits, scale,
+    part_k, part_v, dk, dv, column_rows, counts, member, num_heads, num_columns, first_column, held, key_rows, splits, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Add one query head of each group to dk and dv: splits in order, each row by one program.
@@ -89,12 +101,12 @@ def fold_kernel(
     bh = batch * num_heads + kv_head * G + member
     count = tl.load(counts + bh)
     lane = tl.program_id(0) * BN + tl.arange(0, BN)
-    live = lane < count
-    rows = tl.load(column_rows + bh * num_columns + lane, mask=live, other=0)
+    live = (lane < held) & (first_column + lane < count)
+    rows = tl.load(column_rows + bh * num_columns + first_column + lane, mask=live, other=0)
     acc_k = tl.zeros((BN, DP), tl.float32)
     acc_v = tl.zeros((BN, DP), tl.float32)
     for split in range(splits):
-        first = (split * tl.num_programs(2).to(tl.int64) * num_heads + bh) * num_columns * D
+        first = (split * tl.num_programs(2).to(tl.int64) * num_heads + bh) * held * D
         acc_k += load_rows(part_k + first, lane, D, live, D, DP, True, False)
         acc_v += load_rows(part_v + first, lane, D, live, D, DP, True, False)
     d = tl.arange(0, DP)

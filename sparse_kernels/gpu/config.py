@@ -12,7 +12,8 @@ import torch
 
 HEAD_DIMS = (64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_BLOCK = 16  # the smallest side of a tensor-core product
+# Partial sums of the column gradient stay within this many bytes: longer lists are computed in runs.
+PARTIAL_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_kernels.gpu import check
 from sparse_kernels.gpu import general_kernels as kernels
-from sparse_kernels.gpu.config import Tile, padded_head_dim
+from sparse_kernels.gpu.config import PARTIAL_BYTES, Tile, padded_head_dim
 from sparse_kernels.gpu.general_tiles import tile_of
 from sparse_kernels.gpu.lists import ViewIndex, index_of
 from sparse_kernels.view import ShardView
@@ -108,23 +108,31 @@ class _Gradient:
 
     def add_columns(self, dk: Tensor, dv: Tensor) -> None:
         """Columns: computed per query head, then added to dk and dv one head of a group after the other."""
+        call = self.call
+        tiles = call.tile("columns")
+        whole, one = call.width, 2 * call.batch * call.heads * tiles.n * call.head_dim * 4  # bytes of a tile of columns
+        run = whole if triton.cdiv(whole, tiles.n) * one <= PARTIAL_BYTES else max(1, PARTIAL_BYTES // one) * tiles.n
+        for first in range(0, whole, run):
+            self._add_run(dk, dv, first, min(run, whole - first), tiles)
+
+    def _add_run(self, dk: Tensor, dv: Tensor, first: int, held: int, tiles: Tile) -> None:
+        """Of each head the ``held`` columns from ``first`` on."""
         call, index, columns = self.call, self.call.index, self.call.index.columns
         assert columns is not None
-        tiles = call.tile("columns")
-        shape = (call.batch, call.heads, call.width, call.head_dim)
+        shape = (call.batch, call.heads, held, call.head_dim)
         parts = [torch.empty(shape, dtype=torch.float32, device=dk.device) for _ in range(2)]
-        kernels.column_kernel[(triton.cdiv(call.width, tiles.n), call.batch * call.heads)](
+        kernels.column_kernel[(triton.cdiv(held, tiles.n), call.batch * call.heads)](
             call.q, call.k, call.v, self.dout, self.lse, self.delta, *parts, index.doc_start,
             index.q_ids, columns.order, index.offsets, index.blocks if index.blocks is not None else index.offsets,
             columns.position, columns.row, columns.first,
             call.scale2, self.scale, call.heads, call.group, call.seq_len, call.num_q, columns.live, call.num_blocks, call.width,
-            *call.strides(self.dout), *call.block_strides(),
-            HAS_BLOCKS=index.blocks is not None, HAS_DOC=index.doc_start is not None, TAIL=call.has_tail, **call.launch(tiles),
+            first, held, *call.strides(self.dout), *call.block_strides(), HAS_BLOCKS=index.blocks is not None,
+            HAS_DOC=index.doc_start is not None, TAIL=call.has_tail, **call.launch(tiles),
         )  # fmt: skip
         rows = 64
         for member in range(call.group):
-            kernels.fold_kernel[(triton.cdiv(call.width, rows), call.batch * call.kv_heads)](
-                *parts, dk, dv, columns.row, member, call.heads, call.group, call.width, dk.shape[1],
+            kernels.fold_kernel[(triton.cdiv(held, rows), call.batch * call.kv_heads)](
+                *parts, dk, dv, columns.row, member, call.heads, call.group, call.width, first, held, dk.shape[1],
                 HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, BLOCK_N=rows, enable_fp_fusion=True,
             )  # fmt: skip
 

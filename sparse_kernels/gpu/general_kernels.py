@@ -354,20 +354,21 @@ def dkdv_kernel(
     _store_rows(dv + at_head, rows, kv_heads * HEAD_DIM, rows >= 0, dv_tile, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["seq_len", "num_q", "num_live", "num_blocks", "width"])
+@triton.jit(do_not_specialize=["seq_len", "num_q", "num_live", "num_blocks", "width", "first_column", "held"])
 def column_kernel(
     q, k, v, dout, lse, delta, dk, dv, doc_start,
     q_ids, order, offsets, blocks, column_position, column_row, column_first,
-    scale2, scale, heads, group, seq_len, num_q, num_live, num_blocks, width,
+    scale2, scale, heads, group, seq_len, num_q, num_live, num_blocks, width, first_column, held,
     q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, H, C, D] of BLOCK_N columns of one query head, from the first query block that lies behind them."""
+    """dk and dv [B, H, held, D] of BLOCK_N columns of one query head, from the first query block that lies behind them; the
+    ``held`` columns from ``first_column`` (a multiple of BLOCK_N) on."""
     SUB_M: tl.constexpr = BLOCK // BLOCK_M
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
-    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = first_column + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     position = tl.load(column_position + bh * width + at, mask=at < width, other=0)
     row = tl.load(column_row + bh * width + at, mask=at < width, other=-1)
     there = row >= 0
@@ -379,7 +380,7 @@ def column_kernel(
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     m = tl.arange(0, BLOCK_M)
     # Columns are ascending, so the first of the tile is the one that most query blocks look back at.
-    first = tl.load(column_first + bh * width + tl.program_id(0) * BLOCK_N)
+    first = tl.load(column_first + bh * width + first_column + tl.program_id(0) * BLOCK_N)
     for step in range(first * SUB_M, num_live * SUB_M):
         slot = tl.load(order + step // SUB_M)
         q_id = tl.load(q_ids + slot)
@@ -398,13 +399,14 @@ def column_kernel(
         dk_tile, dv_tile = _key_gradient(
             q_tile, do, k_tile, v_tile, keep, lse2, d, dk_tile, dv_tile, scale2, True, PRECISION
         )
-    _store_rows(dk + bh * width * HEAD_DIM, at, HEAD_DIM, at < width, dk_tile * scale, HEAD_DIM, BLOCK_D)
-    _store_rows(dv + bh * width * HEAD_DIM, at, HEAD_DIM, at < width, dv_tile, HEAD_DIM, BLOCK_D)
+    place = at - first_column
+    _store_rows(dk + bh * held * HEAD_DIM, place, HEAD_DIM, at < width, dk_tile * scale, HEAD_DIM, BLOCK_D)
+    _store_rows(dv + bh * held * HEAD_DIM, place, HEAD_DIM, at < width, dv_tile, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["member", "width", "num_rows"])
+@triton.jit(do_not_specialize=["member", "width", "first_column", "held", "num_rows"])
 def fold_kernel(
-    part_k, part_v, dk, dv, column_row, member, heads, group, width, num_rows,
+    part_k, part_v, dk, dv, column_row, member, heads, group, width, first_column, held, num_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the columns of one query head of every group to dk and dv; a row occurs once per head, so no two programs meet."""
@@ -413,13 +415,13 @@ def fold_kernel(
     b, kv = bk // kv_heads, bk % kv_heads
     bh = b * heads + kv * group + member
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.load(column_row + bh * width + at, mask=at < width, other=-1)
+    row = tl.load(column_row + bh * width + first_column + at, mask=at < held, other=-1)
     live = row >= 0
     stride = kv_heads * HEAD_DIM
     first = (b * num_rows * kv_heads + kv) * HEAD_DIM
-    tile = _load_rows(part_k + bh * width * HEAD_DIM, at, HEAD_DIM, live, HEAD_DIM, BLOCK_D, True, False)
+    tile = _load_rows(part_k + bh * held * HEAD_DIM, at, HEAD_DIM, live, HEAD_DIM, BLOCK_D, True, False)
     tile += _load_rows(dk + first, row, stride, live, HEAD_DIM, BLOCK_D, True, False)
     _store_rows(dk + first, row, stride, live, tile, HEAD_DIM, BLOCK_D)
-    tile = _load_rows(part_v + bh * width * HEAD_DIM, at, HEAD_DIM, live, HEAD_DIM, BLOCK_D, True, False)
+    tile = _load_rows(part_v + bh * held * HEAD_DIM, at, HEAD_DIM, live, HEAD_DIM, BLOCK_D, True, False)
     tile += _load_rows(dv + first, row, stride, live, HEAD_DIM, BLOCK_D, True, False)
     _store_rows(dv + first, row, stride, live, tile, HEAD_DIM, BLOCK_D)

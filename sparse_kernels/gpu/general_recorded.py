@@ -16,7 +16,7 @@ from sparse_kernels.view import ShardView
 
 
 def general_launches(capability: int, head_dim: int, dtype: torch.dtype, block: int) -> Iterator[Recorded]:
-    """Lists, forward and backward with everything in them: single blocks, columns, documents, a carried state, a cut last block; G = 4."""
+    """Lists, forward and backward with everything in them: single blocks, columns, documents, carried state, a cut last block; G = 4."""
     found: dict[str, Recorded] = {}
 
     def recorder(kernel: Any) -> Any:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from sparse_kernels.backends import State
 from sparse_kernels.gpu import backward as kernels_backward
 from sparse_kernels.gpu import columns as kernels_columns
 from sparse_kernels.gpu import structured as kernels_forward
-from sparse_kernels.gpu.config import Tile, padded_head_dim, tile_for
+from sparse_kernels.gpu.config import PARTIAL_BYTES, Tile, padded_head_dim, tile_for
 from sparse_kernels.gpu.index import DeviceIndex, start
 from sparse_kernels.view import ShardView
 
@@ -25,8 +24,6 @@ LOG2E = 1.4426950408889634
 # Programs that the column gradient aims at, so that a short list still fills a device; a constant, so that the order of
 # additions is the same on every device.
 COLUMN_PROGRAMS = 2048
-# Partial sums of the column gradient stay within this many bytes, as long as one split is more than that anyway.
-PARTIAL_BYTES = 1 << 28
 
 
 def check_shapes(q: Tensor, k: Tensor, view: ShardView) -> None:
@@ -185,7 +182,8 @@ def _delta(dout: Tensor, out: Tensor, call: Call) -> Tensor:
     return delta
 
 
-_LAST = threading.local()  # per thread: the delta of the last backward, and what it was made from
+# For each final out its delta and what else that was made from, for as long as out lives: the steps of one backward.
+_DELTAS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _delta_once(dout: Tensor, out: Tensor, call: Call) -> Tensor:
@@ -198,11 +196,11 @@ def _delta_once(dout: Tensor, out: Tensor, call: Call) -> Tensor:
             return _delta(dout, out, call)
         stream = torch.cuda.current_stream(dout.device)
     versions = (dout._version, out._version, stream)
-    last = getattr(_LAST, "entry", None)
-    if last is not None and last[0]() is dout and last[1]() is out and last[2] == versions:
-        return last[3]
+    known = _DELTAS.get(out)
+    if known is not None and known[0]() is dout and known[1] == versions:
+        return known[2]
     delta = _delta(dout, out, call)
-    _LAST.entry = (weakref.ref(dout), weakref.ref(out), versions, delta)
+    _DELTAS[out] = TensorWeakRef(dout), versions, delta
     return delta
 
 
@@ -263,40 +261,53 @@ def _column_gradient(
     tile, index = call.tile("columns"), call.index
     columns = index.columns
     slots = columns.positions.shape[2]
-    tiles = -(-slots // tile.n)
-    splits = column_splits(call, tiles, slots)
-    parts = [
-        torch.empty(splits, call.batch, call.heads, slots, call.head_dim, dtype=torch.float32, device=q.device)
-        for _ in range(2)
-    ]
-    shared = {
-        "column_rows": columns.rows,
-        "counts": columns.counts,
-        "num_heads": call.heads,
-        "num_columns": slots,
-        "splits": splits,
-    }
-    start(
-        kernels_columns.column_kernel, (tiles * splits, call.heads, call.batch),
-        q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, part_k=parts[0], part_v=parts[1], positions=columns.positions,
-        tile_ranges=index.column_tile_ranges(tile.n), covered=columns.covered, order=index.order, ordered_ids=index.ordered_ids,
-        doc_start=index.q_ids if index.doc_start is None else index.doc_start, q_blocks=index.num_q,
-        num_blocks=index.pattern.num_blocks, seq_len=index.pattern.seq_len, TAIL=index.has_tail, scale2=scale * LOG2E,
-        **shared, **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
-    )  # fmt: skip
-    for member in range(call.group):
+    tile_ranges = index.column_tile_ranges(tile.n)
+    run = column_run(call, slots, tile.n)
+    for first in range(0, slots, run):
+        held = min(run, slots - first)
+        tiles = -(-held // tile.n)
+        splits = column_splits(call, tiles, held)
+        parts = torch.empty(
+            2, splits, call.batch, call.heads, held, call.head_dim, dtype=torch.float32, device=q.device
+        )
+        shared = {
+            "part_k": parts[0], "part_v": parts[1], "column_rows": columns.rows, "counts": columns.counts,
+            "num_heads": call.heads, "num_columns": slots, "first_column": first, "held": held, "splits": splits,
+        }  # fmt: skip
         start(
-            kernels_columns.fold_kernel, (-(-slots // FOLD_ROWS), call.kv_heads, call.batch),
-            part_k=parts[0], part_v=parts[1], dk=dk, dv=dv, member=member, key_rows=call.key_rows, scale=scale,
-            **shared, G=call.group, D=call.head_dim, DP=padded_head_dim(call.head_dim), BN=FOLD_ROWS,
+            kernels_columns.column_kernel, (tiles * splits, call.heads, call.batch),
+            q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, positions=columns.positions, tile_ranges=tile_ranges,
+            covered=columns.covered, order=index.order, ordered_ids=index.ordered_ids,
+            doc_start=index.q_ids if index.doc_start is None else index.doc_start, q_blocks=index.num_q,
+            num_blocks=index.pattern.num_blocks, num_tiles=tile_ranges.shape[2], seq_len=index.pattern.seq_len,
+            TAIL=index.has_tail, scale2=scale * LOG2E,
+            **shared, **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
         )  # fmt: skip
+        for member in range(call.group):
+            start(
+                kernels_columns.fold_kernel, (-(-held // FOLD_ROWS), call.kv_heads, call.batch),
+                dk=dk, dv=dv, member=member, key_rows=call.key_rows, scale=scale,
+                **shared, G=call.group, D=call.head_dim, DP=padded_head_dim(call.head_dim), BN=FOLD_ROWS,
+            )  # fmt: skip
+        del parts, shared  # before the next run asks for its own
+
+
+def partial_bytes(call: Call, slots: int) -> int:
+    """Bytes of the partial sums of so many columns for one split of the queries."""
+    return 2 * call.batch * call.heads * slots * call.head_dim * 4
+
+
+def column_run(call: Call, slots: int, width: int) -> int:
+    """How many columns are computed at a time: all, or as many whole tiles (at least one) as keep within PARTIAL_BYTES."""
+    if partial_bytes(call, slots) <= PARTIAL_BYTES:
+        return slots
+    return max(1, PARTIAL_BYTES // partial_bytes(call, width)) * width
 
 
 def column_splits(call: Call, tiles: int, slots: int) -> int:
     """Into how many runs the queries of a column tile are split: enough programs, not too many bytes of partial sums."""
     wanted = -(-COLUMN_PROGRAMS // (tiles * call.heads * call.batch))
-    one = 2 * call.batch * call.heads * slots * call.head_dim * 4
-    return max(1, min(wanted, call.index.num_real_q, PARTIAL_BYTES // one))
+    return max(1, min(wanted, call.index.num_real_q, PARTIAL_BYTES // partial_bytes(call, slots)))
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

@@ -69,6 +69,13 @@ def test_tiles_that_are_not_square(rows: int, keys: int, monkeypatch: pytest.Mon
     assert_same(run(case), truth_of(case), 4e-6)
 
 
+def test_long_lists_of_columns_are_computed_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(general, "INTERPRETER_TILE", Tile(32, 16, 4, 1))
+    monkeypatch.setattr(general, "PARTIAL_BYTES", 20 * 2 * 2 * 16 * 4)  # 20 columns of two heads: one tile of 16
+    case = make_case(7, 120, 32, blocks=True, columns=45, kv_heads=1, group=2, head_dim=16)
+    assert_same(run(case), truth_of(case), 4e-6)
+
+
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 def test_half_precision_inputs_lose_no_more_than_their_rounding(dtype: torch.dtype, epsilon: float) -> None:
     case = make_case(3, 170, 64, blocks=True, columns=40, group=2, kv_heads=1, head_dim=64)

@@ -366,6 +366,24 @@ def test_splits_of_the_column_gradient(splits: int, monkeypatch: pytest.MonkeyPa
     assert_same(run(case), truth_of(case))
 
 
+def test_long_lists_of_columns_are_computed_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partial sums stay within their bound, whatever the length of the lists."""
+    case = make_case(19, 150, 16, columns=45, head_dim=16, group=2, kv_heads=1)
+    limit = 20 * 2 * 2 * 16 * 4  # 20 columns of two heads: one tile of 16
+    largest = []
+    original = launch.start
+
+    def watched(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
+        if "part_k" in arguments:
+            largest.append(sum(arguments[name].numel() * 4 for name in ("part_k", "part_v")))
+        original(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "start", watched)
+    monkeypatch.setattr(launch, "PARTIAL_BYTES", limit)
+    assert_same(run(case), truth_of(case))
+    assert len(largest) == 3 * 3 and max(largest) <= limit
+
+
 def test_delta_is_computed_once_per_ring_and_anew_when_its_inputs_change(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(23, 64, 32, head_dim=16)
     q, k, v, dout = (t.float() for t in (case.q, case.k, case.v, case.dout))
@@ -387,6 +405,9 @@ def test_delta_is_computed_once_per_ring_and_anew_when_its_inputs_change(monkeyp
     assert names.count("delta_kernel") == 2
     for a, b, c in zip(first, again, doubled, strict=True):
         assert torch.equal(a, b) and torch.equal(2 * a, c)
+    assert len(launch._DELTAS) == 1
+    del out
+    assert len(launch._DELTAS) == 0  # it lives no longer than the out it was made from
 
 
 def test_strided_inputs() -> None:
