@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.ops import attention, flatten
-from sparse_kernels.pattern import SparsePattern, pad_doc_start
+from sparse_kernels.pattern import SparsePattern, check_doc_start
 
 
 def sparse_attention(
@@ -42,7 +42,10 @@ def sparse_attention(
     """
     check_shapes(q, k, v, pattern)
     check_scale(scale)
-    index, sizes = flatten(pattern, pad_doc_start(doc_start, pattern))
+    check_doc_start(doc_start, pattern)
+    if doc_start is not None and doc_start.device != q.device:
+        raise ValueError(f"doc_start is on {doc_start.device} and q on {q.device}; use doc_start.to({str(q.device)!r})")
+    index, sizes = flatten(pattern, doc_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     missing = pattern.num_blocks * pattern.block - pattern.seq_len
     if missing:

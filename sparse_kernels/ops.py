@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from sparse_kernels.backends import Backend, resolve_backend
-from sparse_kernels.pattern import SparsePattern
+from sparse_kernels.pattern import SparsePattern, pad_doc_start
 from sparse_kernels.reference import accumulation_dtype
 from sparse_kernels.view import ShardView
 
@@ -41,7 +41,7 @@ def attention(
 
     Args:
         q: [B, NB * b, H, D], padded to whole blocks; k, v: [B, NB * b, K, D].
-        index: columns, diagonals, blocks (or None) of the pattern and doc_start [B, NB * b] (or None).
+        index: columns, diagonals, blocks (or None) of the pattern and doc_start [B, S] (or None).
         sizes: seq_len, block and full of the pattern.
         backend: "auto" or a name of `sparse_kernels.backends()`.
 
@@ -87,7 +87,7 @@ def attention_backward(
 
 
 def flatten(pattern: SparsePattern, doc_start: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """(index, sizes) of `attention`; doc_start is padded to whole blocks."""
+    """(index, sizes) of `attention`. Nothing is copied: the same pattern and documents find the plan made for them before."""
     return [pattern.columns, pattern.diagonals, pattern.blocks, doc_start], [
         pattern.seq_len,
         pattern.block,
@@ -127,7 +127,8 @@ def _new_view(index: Sequence[Tensor | None], sizes: Sequence[int]) -> ShardView
     seq_len, block, full = sizes
     pattern = SparsePattern(seq_len, block, columns, diagonals, blocks, bool(full))
     every = torch.arange(pattern.num_blocks)
-    return ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=doc_start)
+    padded = pad_doc_start(doc_start, pattern)
+    return ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=padded)
 
 
 def _same(kept: Sequence[TensorWeakRef | None], index: Sequence[Tensor | None]) -> bool:

@@ -217,14 +217,19 @@ def _ascending(columns: Tensor, seq_len: int) -> bool:
     return not bool(((following <= here) & (following < seq_len)).any() or (columns < 0).any())
 
 
-def pad_doc_start(doc_start: Tensor | None, pattern: SparsePattern) -> Tensor | None:
-    """doc_start int64 [B, S] extended to whole blocks (padding rows see nothing, so the value is free)."""
-    if doc_start is None:
-        return None
-    if tuple(doc_start.shape) != (pattern.batch, pattern.seq_len):
+def check_doc_start(doc_start: Tensor | None, pattern: SparsePattern) -> None:
+    """PatternError unless doc_start is None or [B, S]."""
+    if doc_start is not None and tuple(doc_start.shape) != (pattern.batch, pattern.seq_len):
         raise PatternError(
             f"doc_start has shape {tuple(doc_start.shape)}; expected [{pattern.batch}, {pattern.seq_len}]: "
             "for every query the first position of its document"
         )
+
+
+def pad_doc_start(doc_start: Tensor | None, pattern: SparsePattern) -> Tensor | None:
+    """doc_start int64 [B, S] extended to whole blocks (padding rows see nothing, so the value is free)."""
+    if doc_start is None:
+        return None
+    check_doc_start(doc_start, pattern)
     missing = pattern.num_blocks * pattern.block - pattern.seq_len
     return torch.nn.functional.pad(doc_start, (0, missing))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mtrain.patterns.documents import Documents, Probes
@@ -53,7 +54,9 @@ class KernelPass:
         """int64 [B, H, R]: each row's sum of 2^(logit - peak) over the keys held here, in fixed point."""
         assert self.peak is not None
         sums = self.sums.mul_(self.maxima.sub_(self.peak[:, :, None]).exp2_())
-        return sums.mul_(exponential_unit(self.placement.seq_len)).long().sum(2)
+        sums = sums.mul_(exponential_unit(self.placement.seq_len))
+        # Head by head: integers of all heads would take twice the room of the statistics.
+        return torch.stack([sums[:, head].long().sum(1) for head in range(sums.shape[1])], 1)
 
     def partial_scores(self, sums: Tensor, share: bool) -> Tensor:
         """int64 [B, heads, n / b, b + sum of (b + m - 1)]: per key block the column scores, then each window's scores

@@ -53,7 +53,7 @@ class TritonBackend(Backend):
         self, q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carry: State | None = None
     ) -> State:
         """See `Backend.forward`."""
-        check(view, scale)
+        check(view, scale, q.device)
         with torch.no_grad():
             if view.pattern.blocks is not None:
                 from sparse_kernels.gpu import general
@@ -67,7 +67,7 @@ class TritonBackend(Backend):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, view: ShardView, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Backend.backward`."""
-        check(view, scale)
+        check(view, scale, q.device)
         with torch.no_grad():
             if view.pattern.blocks is not None:
                 from sparse_kernels.gpu import general
@@ -84,8 +84,8 @@ def interpreting() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
-def check(view: ShardView, scale: float) -> None:
-    """ValueError for what the kernels cannot do."""
+def check(view: ShardView, scale: float, device: torch.device) -> None:
+    """ValueError for what the kernels cannot do. Nothing is fetched from another device, which would wait for that device."""
     block = view.pattern.block
     if block < 16 or block & (block - 1):
         raise ValueError(
@@ -93,3 +93,7 @@ def check(view: ShardView, scale: float) -> None:
         )
     if scale <= 0:
         raise ValueError(f"the triton backend needs a positive scale, got {scale}")
+    held = (("the pattern", view.pattern), ("doc_start", view.doc_start), ("column_positions", view.column_positions))
+    for name, part in held:
+        if part is not None and part.device != device:
+            raise ValueError(f"{name} is on {part.device} and q on {device}; use .to({str(device)!r})")

@@ -1,15 +1,18 @@
 """Tile shapes, warps and stages per kernel: a checked-in table, never tuned at run time.
 
-Every row was compiled for sm_80 and sm_90 without register spills (tests/triton_compile); none was chosen by a clock, because
+Every row was compiled for sm_80, sm_86 or sm_90 without register spills (tests/triton_compile); none was chosen by a clock, because
 a kernel tuned while it runs makes the times of steps, and the order of additions, differ from run to run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 HEAD_DIMS = (64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Partial sums of the column gradient stay within this many bytes: longer lists are computed in runs.
@@ -30,7 +33,9 @@ class Tile:
         return Tile(min(self.m, block), min(self.n, block), self.warps, self.stages)
 
 
-Key = tuple[int, int, int]  # compute capability major, padded head_dim, bytes per element
+# Devices by what their tables need: `generation` says which one a device is.
+SMALL, AMPERE, HOPPER = 7, 8, 9
+Key = tuple[int, int, int]  # generation, padded head_dim, bytes per element
 _FORWARD: dict[Key, tuple[Tile, ...]] = {
     (8, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
     (8, 128, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
@@ -71,10 +76,32 @@ def padded_head_dim(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
-def tile_for(kernel: str, major: int, head_dim: int, itemsize: int, block: int) -> Tile:
-    """The launch shape of a kernel on a device of this compute capability, for patterns of this block.
+def generation(major: int, shared: int) -> int:
+    """Whose rows fit a device of this compute capability (major) with so many bytes of shared memory per block.
 
-    Newer devices than the table knows use its newest rows.
+    SMALL: less than 160 KiB, as sm_86, sm_89 and sm_120 (99 KiB). Newer devices than the table knows use its newest rows.
     """
-    tiles = TABLE[kernel][min(major, 9), max(64, padded_head_dim(head_dim)), itemsize]
+    if shared < 160 * 1024:
+        return SMALL
+    return HOPPER if major >= HOPPER else AMPERE
+
+
+def generation_of(device: torch.device) -> int:
+    """The same of a device; the interpreter behaves like the newest."""
+    if device.type == "cpu":
+        return HOPPER
+    found = torch.cuda.get_device_properties(device)
+    # The name is CUDA's; where it is missing (ROCm) nothing is known to be small.
+    return generation(found.major, getattr(found, "shared_memory_per_block_optin", 1 << 30))
+
+
+def row_of(table: Mapping[Key, T], kind: int, head_dim: int, itemsize: int) -> T:
+    """The row of a table for a generation. SMALL devices use AMPERE's rows except where one needs too much memory."""
+    rest = max(64, padded_head_dim(head_dim)), itemsize
+    return table[(kind, *rest) if (kind, *rest) in table else (AMPERE, *rest)]
+
+
+def tile_for(kernel: str, kind: int, head_dim: int, itemsize: int, block: int) -> Tile:
+    """The launch shape of a kernel on a device of this `generation`, for patterns of this block."""
+    tiles = row_of(TABLE[kernel], kind, head_dim, itemsize)
     return next((tile for tile in tiles if tile.m <= block), tiles[-1]).within(block)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_kernels.gpu import check
 from sparse_kernels.gpu import general_kernels as kernels
-from sparse_kernels.gpu.config import PARTIAL_BYTES, Tile, padded_head_dim
+from sparse_kernels.gpu.config import PARTIAL_BYTES, Tile, generation_of, padded_head_dim
 from sparse_kernels.gpu.general_tiles import tile_of
 from sparse_kernels.gpu.lists import ViewIndex, index_of
 from sparse_kernels.view import ShardView
@@ -137,11 +137,6 @@ class _Gradient:
             )  # fmt: skip
 
 
-def compute_major(x: Tensor) -> int:
-    """Compute capability, major, of the device that holds x."""
-    return torch.cuda.get_device_capability(x.device)[0]
-
-
 def _unit_stride(x: Tensor) -> Tensor:
     """x with unit stride along head_dim; a copy only when it has another."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -151,7 +146,7 @@ class _Call:
     """Sizes, strides and index of one call, in the order in which the kernels take them."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float) -> None:
-        check(view, scale)
+        check(view, scale, q.device)
         self.q, self.k, self.v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         self.batch, self.length, self.heads, self.head_dim = q.shape
         self.kv_heads, self.block = k.shape[2], view.pattern.block
@@ -178,7 +173,7 @@ class _Call:
         """The launch shape of a kernel: "forward", "dq", "dkdv" or "columns"."""
         if INTERPRETED:
             return INTERPRETER_TILE.within(self.block)
-        return tile_of(kernel, compute_major(self.q), self.head_dim, self.q.element_size(), self.block)
+        return tile_of(kernel, generation_of(self.q.device), self.head_dim, self.q.element_size(), self.block)
 
     def query_grid(self, tiles: Tile) -> tuple[int, int]:
         """Programs over query tiles and heads."""

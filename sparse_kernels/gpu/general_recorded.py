@@ -10,13 +10,15 @@ from unittest import mock
 import torch
 
 from sparse_kernels.gpu import general, general_kernels, lists
+from sparse_kernels.gpu.config import generation
 from sparse_kernels.gpu.recorded import Recorded
+from sparse_kernels.gpu.resources import SHARED_LIMIT
 from sparse_kernels.pattern import SparsePattern
 from sparse_kernels.view import ShardView
 
 
 def general_launches(capability: int, head_dim: int, dtype: torch.dtype, block: int) -> Iterator[Recorded]:
-    """Lists, forward and backward with everything in them: single blocks, columns, documents, carried state, a cut last block; G = 4."""
+    """Lists, forward and backward with all in them: single blocks, columns, documents, carried state, a cut last block; G = 4."""
     found: dict[str, Recorded] = {}
 
     def recorder(kernel: Any) -> Any:
@@ -49,7 +51,7 @@ def general_launches(capability: int, head_dim: int, dtype: torch.dtype, block: 
     with (
         mock.patch.object(general, "kernels", recorders),
         mock.patch.object(lists, "_fill_kernel", recorder(lists._fill_kernel)),
-        mock.patch.object(general, "compute_major", lambda _: capability // 10),
+        mock.patch.object(general, "generation_of", lambda _: generation(capability // 10, SHARED_LIMIT[capability])),
     ):
         general.forward(q, k, k, view, 0.5, state)
         general.backward(q, q, k, k, *state, view, 0.5)

@@ -6,12 +6,13 @@ takes many registers: dq spills up to 88 bytes even with these small tiles. test
 
 from __future__ import annotations
 
-from sparse_kernels.gpu.config import Tile, padded_head_dim
+from sparse_kernels.gpu.config import Tile, row_of
 
-# kernel -> (compute capability major, padded head_dim, bytes per element) -> tile.
+# kernel -> (generation, padded head_dim, bytes per element) -> tile.
 TABLE: dict[str, dict[tuple[int, int, int], Tile]] = {
     "forward": {
         (8, 64, 2): Tile(128, 64, 8, 3),
+        (7, 128, 2): Tile(64, 64, 8, 2),
         (8, 128, 2): Tile(128, 64, 8, 3),
         (9, 64, 2): Tile(128, 64, 8, 3),
         (9, 128, 2): Tile(128, 64, 8, 3),
@@ -22,6 +23,7 @@ TABLE: dict[str, dict[tuple[int, int, int], Tile]] = {
     },
     "dq": {
         (8, 64, 2): Tile(64, 64, 8, 2),
+        (7, 128, 2): Tile(64, 32, 8, 2),
         (8, 128, 2): Tile(64, 64, 8, 2),
         (9, 64, 2): Tile(64, 64, 8, 2),
         (9, 128, 2): Tile(64, 64, 8, 2),
@@ -53,7 +55,6 @@ TABLE: dict[str, dict[tuple[int, int, int], Tile]] = {
 }
 
 
-def tile_of(kernel: str, major: int, head_dim: int, itemsize: int, block: int) -> Tile:
-    """The launch shape of "forward", "dq", "dkdv" or "columns" for patterns of this block; newer devices use the newest rows."""
-    key = min(major, 9), max(64, padded_head_dim(head_dim)), itemsize
-    return TABLE[kernel][key].within(block)
+def tile_of(kernel: str, kind: int, head_dim: int, itemsize: int, block: int) -> Tile:
+    """The launch shape of "forward", "dq", "dkdv" or "columns" on a device of this `generation`, for patterns of this block."""
+    return row_of(TABLE[kernel], kind, head_dim, itemsize).within(block)

@@ -14,7 +14,7 @@ from sparse_kernels.backends import State
 from sparse_kernels.gpu import backward as kernels_backward
 from sparse_kernels.gpu import columns as kernels_columns
 from sparse_kernels.gpu import structured as kernels_forward
-from sparse_kernels.gpu.config import PARTIAL_BYTES, Tile, padded_head_dim, tile_for
+from sparse_kernels.gpu.config import PARTIAL_BYTES, Tile, generation_of, padded_head_dim, tile_for
 from sparse_kernels.gpu.index import DeviceIndex, start
 from sparse_kernels.view import ShardView
 
@@ -33,13 +33,6 @@ def check_shapes(q: Tensor, k: Tensor, view: ShardView) -> None:
         if blocks is not None and tensor.shape[1] != len(blocks) * pattern.block:
             held = f"{name} holds {tensor.shape[1]} tokens, the view {len(blocks)} blocks of {pattern.block}"
             raise ValueError(f"{held}: pad {name} to whole blocks")
-    if pattern.device != q.device:
-        raise ValueError(f"the pattern is on {pattern.device} and q on {q.device}; use pattern.to({str(q.device)!r})")
-
-
-def compute_major(device: torch.device) -> int:
-    """Major compute capability; the interpreter behaves like the newest."""
-    return 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
 
 
 @dataclass(frozen=True)
@@ -56,17 +49,17 @@ class Call:
     key_rows: int
     index: DeviceIndex
     itemsize: int
-    major: int
+    generation: int
     upcast: bool
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, view: ShardView) -> Call:
         """The index of the view is built on first use and kept on it."""
         batch, _, heads, head_dim = q.shape
-        major = compute_major(q.device)
+        kind = generation_of(q.device)
         index = DeviceIndex.of(view, q.device)
         upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        return cls(batch, heads, k.shape[2], head_dim, k.shape[1], index, q.element_size(), major, upcast)
+        return cls(batch, heads, k.shape[2], head_dim, k.shape[1], index, q.element_size(), kind, upcast)
 
     @property
     def group(self) -> int:
@@ -75,7 +68,7 @@ class Call:
 
     def tile(self, kernel: str) -> Tile:
         """The launch shape of a kernel."""
-        return tile_for(kernel, self.major, self.head_dim, self.itemsize, self.index.block)
+        return tile_for(kernel, self.generation, self.head_dim, self.itemsize, self.index.block)
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         """Constants that all kernels share, and the launch options."""

@@ -87,8 +87,8 @@ def index_of(view: ShardView, device: torch.device) -> ViewIndex:
 
 
 def build_index(view: ShardView, device: torch.device) -> ViewIndex:
-    """Count and fill the lists of a view. A pattern on another device is copied first, which waits for that device."""
-    pattern = view.pattern if view.pattern.device == device else view.pattern.to(device)
+    """Count and fill the lists of a view, whose pattern is on that device."""
+    pattern = view.pattern
     q_ids = _send(view.q_blocks, device)
     k_blocks = view.q_blocks[:0] if view.k_blocks is None else view.k_blocks
     k_ids = _send(k_blocks, device)
@@ -96,7 +96,7 @@ def build_index(view: ShardView, device: torch.device) -> ViewIndex:
     blocks = None if pattern.blocks is None else pattern.blocks.view(torch.uint8)
     doc_start = doc_low = None
     if view.doc_start is not None:
-        doc_start = view.doc_start.to(device=device, dtype=torch.int32, non_blocking=True).contiguous()
+        doc_start = view.doc_start.to(torch.int32).contiguous()
         doc_low = doc_start.view(pattern.batch, len(view.q_blocks), pattern.block).amin(2)
     rows = cols = None
     if view.k_blocks is not None:
@@ -208,7 +208,7 @@ def _column_lists(view: ShardView, pattern: SparsePattern, q_ids: Tensor) -> Col
     if gathered is None:
         row = _inline_rows(view, columns)
     else:
-        row = _gathered_rows(gathered.to(columns.device), columns, pattern.seq_len)
+        row = _gathered_rows(gathered, columns, pattern.seq_len)
     row = torch.where(columns >= pattern.seq_len, -1, row)
     number = pattern.num_blocks
     # Padding slots get no columns. Kept in int32: positions fit, and a slot's id times the block might not for padding ids.

@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 
 from sparse_kernels.gpu import index, launch
-from sparse_kernels.gpu.resources import Resources, arguments_of, measure
+from sparse_kernels.gpu.config import generation
+from sparse_kernels.gpu.resources import SHARED_LIMIT, Resources, arguments_of, measure
 from sparse_kernels.pattern import SparsePattern
 from sparse_kernels.view import ShardView
 
@@ -70,7 +71,7 @@ def structured_launches(
     with (
         mock.patch.object(launch, "start", record),
         mock.patch.object(index, "start", record),
-        mock.patch.object(launch, "compute_major", lambda _: capability // 10),
+        mock.patch.object(launch, "generation_of", lambda _: generation(capability // 10, SHARED_LIMIT[capability])),
     ):
         launch.forward(q, k, k, view, 1.0, (out, lse))
         launch.backward(q, q, k, k, out, lse, view, 1.0)

@@ -30,7 +30,8 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-SHARED_LIMIT = {80: 160 * 1024, 90: 224 * 1024}  # bytes per block that we allow ourselves, below the chips' own limits
+# Bytes per block that we allow ourselves, at or below the chips' own limits.
+SHARED_LIMIT = {80: 160 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 224 * 1024, 120: 99 * 1024}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def measure(kernel: Any, capability: int, arguments: Mapping[str, Any], num_warp
 
     Args:
         kernel: a @triton.jit function.
-        capability: 80 or 90.
+        capability: of the target, times ten: a key of SHARED_LIMIT.
         arguments: per parameter a type as Triton writes it ("*bf16", "i32", "fp32"; "i32:16" promises a multiple of 16), or a
             value that is a constant of the kernel. Pointers are aligned to 16 bytes, as those of tensors are.
         num_warps, num_stages: the launch options.

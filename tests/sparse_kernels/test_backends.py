@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparse_kernels import SparsePattern, backends, gpu, resolve_backend, sparse_attention
+from sparse_kernels.gpu import config
 
 
 def test_every_backend_is_listed_with_a_reason() -> None:
@@ -45,6 +47,11 @@ def test_inputs_that_do_not_fit_the_pattern() -> None:
         sparse_attention(q, k, k[..., :4], pattern)
     with pytest.raises(ValueError, match="q, k, v have 3, 4, 4 dimensions"):
         sparse_attention(q[0], k, k, pattern)
+    starts = torch.zeros(1, 10, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"doc_start is on meta and q on cpu; use doc_start.to\('cpu'\)"):
+        sparse_attention(q, k, k, pattern, doc_start=starts.to("meta"))
+    with pytest.raises(ValueError, match=r"doc_start has shape \(1, 9\)"):
+        sparse_attention(q, k, k, pattern, doc_start=starts[:, :9])
     for scale in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="scale .* must be above 0"):
             sparse_attention(q, k, k, pattern, scale=scale)
@@ -104,6 +111,23 @@ def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no CUDA device" in str(usable(cuda, torch.bfloat16, 128))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "not installed" in str(usable(cuda, torch.bfloat16, 128))
+
+
+@pytest.mark.parametrize(
+    ("major", "shared", "wanted"),
+    [(8, 166912, config.AMPERE), (8, 101376, config.SMALL), (9, 232448, config.HOPPER), (10, 232448, config.HOPPER),
+     (12, 101376, config.SMALL)],
+)  # fmt: skip
+def test_devices_with_little_shared_memory_get_tiles_of_their_own(
+    major: int, shared: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert config.generation_of(torch.device("cuda")) == wanted
+    for kernel in config.TABLE:
+        for head_dim in config.HEAD_DIMS:
+            for dtype in config.DTYPES:
+                assert config.tile_for(kernel, wanted, head_dim, dtype.itemsize, 64).m <= 64
 
 
 @pytest.mark.slow

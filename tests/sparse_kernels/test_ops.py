@@ -161,6 +161,13 @@ def test_forward_and_backward_share_a_view_that_dies_with_its_pattern(monkeypatc
     for _ in range(2):
         gradients(sparse_attention(q, k, v, pattern, backend="cpu").sum(), q, k, v)
     assert len(views) == 4 and all(view is views[0] for view in views)
+    # Packed documents that are the same tensor are the same view, though it is padded to whole blocks; others are another view.
+    packed = torch.zeros(2, 29, dtype=torch.int64)
+    *odd, other = case(29)
+    for _ in range(2):
+        sparse_attention(*odd, other, doc_start=packed, backend="cpu")
+    assert views[-1] is views[-2] and views[-1].doc_start.shape == (2, 32)
+    del views[-2:], odd, other
     # Other documents or changed lists are another view.
     starts = torch.zeros(2, 24, dtype=torch.int64)
     sparse_attention(q, k, v, pattern, doc_start=starts, backend="cpu")

@@ -440,6 +440,14 @@ def test_bad_input_is_an_error_for_people() -> None:
         TRITON.forward(q[:, :50], k, k, case.whole(), 1.0)
     with pytest.raises(ValueError, match="pad k to whole blocks"):
         TRITON.forward(q, k[:, :50], k[:, :50], case.whole(), 1.0)
+    for pattern in (case.pattern, SparsePattern(64, 16, blocks=torch.zeros(1, 2, 4, 4, dtype=torch.bool))):
+        elsewhere = ShardView(pattern.to("meta"), case.every, k_blocks=case.every)
+        with pytest.raises(ValueError, match=r"the pattern is on meta and q on cpu; use \.to\('cpu'\)"):
+            TRITON.forward(q, k, k, elsewhere, 1.0)
+        start = torch.zeros(1, 64, dtype=torch.int64, device="meta")
+        elsewhere = ShardView(pattern, case.every, k_blocks=case.every, doc_start=start)
+        with pytest.raises(ValueError, match="doc_start is on meta and q on cpu"):
+            TRITON.backward(q, q, k, k, q, q[..., 0], elsewhere, 1.0)
     with pytest.raises(ValueError, match="positive scale, got -1"):
         TRITON.forward(q, k, k, case.whole(), -1.0)
     odd = SparsePattern.dense(1, 2, 60, 12)
