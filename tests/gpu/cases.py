@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_kernels import SparsePattern, sparse_attention
+from sparse_kernels import ShardView, SparsePattern, resolve_backend, sparse_attention
 from sparse_kernels.accuracy import dense_by_rows, two_rules
+from sparse_kernels.pattern import pad_doc_start
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -153,3 +154,21 @@ def far_apart(case: Case, row_stride: int) -> Case:
         offset += heads * head_dim
     assert offset <= row_stride
     return Case(*placed, case.pattern, case.doc_start)
+
+
+def harmed_by_padding(case: Case) -> list[str]:
+    """The results that change when the rows behind the end of the sequence hold NaN instead of zeros."""
+    pattern = case.pattern
+    every = torch.arange(pattern.num_blocks)
+    starts = pad_doc_start(case.doc_start, pattern)
+    view = ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=starts)
+    backend = resolve_backend("triton", case.q.device, case.q.dtype, case.q.shape[3])
+    missing = pattern.num_blocks * pattern.block - pattern.seq_len
+    results = []
+    for junk in (0.0, float("nan")):
+        tensors = (case.q, case.k, case.v, case.dout)
+        q, k, v, dout = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing), value=junk) for t in tensors)
+        out, lse = backend.forward(q, k, v, view, 0.1)
+        results.append([out, lse, *backend.backward(dout, q, k, v, out, lse, view, 0.1)])
+    names = ("out", "lse", "dq", "dk", "dv")
+    return [name for name, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]

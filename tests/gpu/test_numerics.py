@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.cases import complaints, make_case, run, unselected_gradient
+from tests.gpu.cases import complaints, harmed_by_padding, make_case, run, unselected_gradient
 
 LENGTHS = {4096: range(24), 8192: range(24, 34), 16384: range(34, 40), 32768: range(40, 44)}
 # What changes from seed to seed, so that every seed is another mixture.
@@ -62,6 +62,12 @@ def test_large_logits_stay_finite() -> None:
     case.q = case.q * 30
     found = run(case)
     assert all(bool(torch.isfinite(t).all()) for t in found)
+
+
+@pytest.mark.parametrize("blocks", [0.0, 0.03])
+@pytest.mark.parametrize("documents", [0, 3])
+def test_padding_may_hold_nan(documents: int, blocks: float) -> None:
+    assert not harmed_by_padding(make_case("cuda", 12, 3000, 128, blocks=blocks, documents=documents))
 
 
 def test_structured_and_general_kernels_agree() -> None:

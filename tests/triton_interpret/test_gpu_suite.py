@@ -15,7 +15,15 @@ from sparse_kernels import ShardView, SparsePattern
 from sparse_kernels.accuracy import dense_by_rows, two_rules
 from sparse_kernels.gpu import TritonBackend
 from sparse_kernels.pattern import pad_doc_start
-from tests.gpu.cases import complaints, differing_runs, far_apart, make_case, run, unselected_gradient
+from tests.gpu.cases import (
+    complaints,
+    differing_runs,
+    far_apart,
+    harmed_by_padding,
+    make_case,
+    run,
+    unselected_gradient,
+)
 from tests.patterns import as_blocks
 from tests.waiting import PretendDevice, WouldWait
 
@@ -51,6 +59,11 @@ def test_two_rules_look_at_the_worst_and_at_the_mean() -> None:
     assert "mean" in str(two_rules((truth + 1.5e-3).float(), truth, plain, gradient=True))
     one[4] = float("nan")
     assert "NaN" in str(two_rules(one, truth, plain, gradient=False))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's maximum over a row of padding
+def test_padding_is_harmless() -> None:
+    assert not harmed_by_padding(make_case("cpu", 3, 100, 64, block=64, columns=9, diagonals=0))
 
 
 def test_repeats_strides_and_unselected_keys() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtrain.comm import Ring, run_ranks
 from mtrain.layout import RingLayout
 from mtrain.patterns import Coverage, TopK, estimate_vertical_slash
 from mtrain.patterns import scores as scores_module
+from mtrain.patterns.fixed_point import exponential_unit
 from mtrain.patterns.kernel_scores import KernelPass
 from sparse_kernels.gpu import probe
 from sparse_kernels.gpu.probe import ProbeScorer
@@ -181,3 +184,29 @@ def test_what_the_kernels_cannot_score_has_a_reason() -> None:
     ):
         assert word in str(probe.unusable(here, dtype, dim, block))
     assert "meta" in str(probe.unusable(torch.device("meta"), torch.float32, 64, 64))
+
+
+class LargestIntegers(TorchDispatchMode):
+    """Elements of the largest int64 tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dtype == torch.int64:
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+def test_statistics_become_integers_head_by_head() -> None:
+    """The fixed-point sums of all heads at once would take twice the room of the statistics themselves."""
+    g = torch.Generator().manual_seed(0)
+    maxima, sums = torch.randn(2, 8, 50, 16, generator=g), torch.rand(2, 8, 50, 16, generator=g)
+    peak = maxima.amax(2)
+    wanted = (sums * (maxima - peak[:, :, None]).exp2() * exponential_unit(800)).long().sum(2)
+    scores = object.__new__(KernelPass)
+    scores.maxima, scores.sums, scores.peak, scores.placement = maxima, sums, peak, SimpleNamespace(seq_len=800)
+    with LargestIntegers() as made:
+        found = scores.row_sums()
+    assert torch.equal(found, wanted) and found.dtype == torch.int64
+    assert made.largest == 2 * 50 * 16
