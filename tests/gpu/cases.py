@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_kernels import ShardView, SparsePattern, resolve_backend, sparse_attention
+from sparse_kernels import ShardView, SparsePattern, sparse_attention
 from sparse_kernels.accuracy import dense_by_rows, two_rules
+from sparse_kernels.gpu import TritonBackend
 from sparse_kernels.pattern import pad_doc_start
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -162,7 +163,7 @@ def harmed_by_padding(case: Case) -> list[str]:
     every = torch.arange(pattern.num_blocks)
     starts = pad_doc_start(case.doc_start, pattern)
     view = ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=starts)
-    backend = resolve_backend("triton", case.q.device, case.q.dtype, case.q.shape[3])
+    backend = TritonBackend()
     missing = pattern.num_blocks * pattern.block - pattern.seq_len
     results = []
     for junk in (0.0, float("nan")):
