@@ -1,4 +1,4 @@
-"""What the Triton kernels cost on GPUs that need not be here: registers, spills and shared memory, compiled for sm_80 and sm_90.
+"""What the Triton kernels cost on GPUs that need not be here: registers, spills and shared memory for sm_80, sm_86, sm_90.
 
 python scripts/kernel_report.py [--output benchmarks/kernels_report.md]
 """
@@ -48,7 +48,7 @@ def rows(capabilities: list[int], head_dims: list[int], dtypes: list[str], block
 def main() -> None:
     """Print the table; write it too when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 86, 90], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(DTYPES))
     parser.add_argument("--block", type=int, nargs="+", default=[64, 128])

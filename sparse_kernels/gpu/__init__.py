@@ -27,7 +27,8 @@ class TritonBackend(Backend):
     name: ClassVar[str] = "triton"
 
     def unusable(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Usable on CUDA devices of capability 8.0 or newer, for head_dim 64, 96 and 128 in bfloat16, float16 and float32."""
+        """Usable on CUDA devices of capability 8.0 or newer, for head_dim 64, 96 and 128 in bfloat16, float16 and float32,
+        and 256 in bfloat16 and float16."""
         if device.type == "cpu" and not interpreting():
             return (
                 "it needs CUDA tensors and got CPU tensors (Triton's interpreter runs on those: set TRITON_INTERPRET=1 and "
@@ -47,6 +48,8 @@ class TritonBackend(Backend):
             return f"{dtype} is not bfloat16, float16 or float32"
         if head_dim not in HEAD_DIMS:
             return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+        if head_dim == 256 and dtype == torch.float32:
+            return "head_dim 256 in float32 takes more registers than there are; bfloat16 and float16 run"
         return None
 
     def forward(

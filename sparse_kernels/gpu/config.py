@@ -6,14 +6,11 @@ a kernel tuned while it runs makes the times of steps, and the order of addition
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
-HEAD_DIMS = (64, 96, 128)
+HEAD_DIMS = (64, 96, 128, 256)  # 256 in 16 bits only: as three tf32 products every tile spills
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Partial sums of the column gradient stay within this many bytes: longer lists are computed in runs.
 PARTIAL_BYTES = 1 << 28
@@ -33,8 +30,8 @@ class Tile:
         return Tile(min(self.m, block), min(self.n, block), self.warps, self.stages)
 
 
-# Devices by what their tables need: `generation` says which one a device is.
-SMALL, AMPERE, HOPPER = 7, 8, 9
+# Whose rows a device uses: see `generation`.
+AMPERE, HOPPER = 8, 9
 Key = tuple[int, int, int]  # generation, padded head_dim, bytes per element
 _FORWARD: dict[Key, tuple[Tile, ...]] = {
     (8, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
@@ -45,6 +42,8 @@ _FORWARD: dict[Key, tuple[Tile, ...]] = {
     (8, 128, 4): (Tile(32, 32, 8, 2),),
     (9, 64, 4): (Tile(32, 32, 8, 2),),
     (9, 128, 4): (Tile(32, 32, 8, 2),),
+    (8, 256, 2): (Tile(64, 32, 8, 2),),
+    (9, 256, 2): (Tile(64, 32, 8, 2),),
 }
 _DQ: dict[Key, tuple[Tile, ...]] = {
     (8, 64, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
@@ -55,6 +54,8 @@ _DQ: dict[Key, tuple[Tile, ...]] = {
     (8, 128, 4): (Tile(16, 32, 4, 1),),
     (9, 64, 4): (Tile(32, 32, 8, 2),),
     (9, 128, 4): (Tile(16, 32, 4, 1),),
+    (8, 256, 2): (Tile(32, 32, 8, 1),),
+    (9, 256, 2): (Tile(32, 32, 8, 1),),
 }
 _DKDV: dict[Key, tuple[Tile, ...]] = {
     (8, 64, 2): (Tile(32, 128, 8, 3),),
@@ -65,6 +66,8 @@ _DKDV: dict[Key, tuple[Tile, ...]] = {
     (8, 128, 4): (Tile(32, 16, 8, 1),),
     (9, 64, 4): (Tile(32, 32, 8, 2),),
     (9, 128, 4): (Tile(32, 16, 8, 1),),
+    (8, 256, 2): (Tile(32, 32, 8, 1),),
+    (9, 256, 2): (Tile(32, 32, 8, 1),),
 }
 _COLUMNS = {**_DKDV, (8, 64, 2): (Tile(32, 64, 8, 2),), (9, 128, 2): (Tile(64, 64, 8, 2),)}
 # Per kernel and device the tiles to choose from: the first whose query rows fit the pattern block.
@@ -77,13 +80,11 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def generation(major: int, shared: int) -> int:
-    """Whose rows fit a device of this compute capability (major) with so many bytes of shared memory per block.
+    """Whose rows a device of this compute capability (major) with so many bytes of shared memory per block uses.
 
-    SMALL: less than 160 KiB, as sm_86, sm_89 and sm_120 (99 KiB). Newer devices than the table knows use its newest rows.
+    AMPERE's fit 99 KiB: sm_80, and sm_86, sm_89 and sm_120, which have no more. Newer devices use the newest rows that fit.
     """
-    if shared < 160 * 1024:
-        return SMALL
-    return HOPPER if major >= HOPPER else AMPERE
+    return HOPPER if major >= HOPPER and shared >= 224 * 1024 else AMPERE
 
 
 def generation_of(device: torch.device) -> int:
@@ -95,13 +96,12 @@ def generation_of(device: torch.device) -> int:
     return generation(found.major, getattr(found, "shared_memory_per_block_optin", 1 << 30))
 
 
-def row_of(table: Mapping[Key, T], kind: int, head_dim: int, itemsize: int) -> T:
-    """The row of a table for a generation. SMALL devices use AMPERE's rows except where one needs too much memory."""
-    rest = max(64, padded_head_dim(head_dim)), itemsize
-    return table[(kind, *rest) if (kind, *rest) in table else (AMPERE, *rest)]
+def row_key(kind: int, head_dim: int, itemsize: int) -> Key:
+    """Where a table has the row of this generation."""
+    return kind, max(64, padded_head_dim(head_dim)), itemsize
 
 
 def tile_for(kernel: str, kind: int, head_dim: int, itemsize: int, block: int) -> Tile:
     """The launch shape of a kernel on a device of this `generation`, for patterns of this block."""
-    tiles = row_of(TABLE[kernel], kind, head_dim, itemsize)
+    tiles = TABLE[kernel][row_key(kind, head_dim, itemsize)]
     return next((tile for tile in tiles if tile.m <= block), tiles[-1]).within(block)

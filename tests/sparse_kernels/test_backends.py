@@ -105,6 +105,7 @@ def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA tensors" in str(usable(torch.device("cpu"), torch.bfloat16, 128))
     assert "head_dim 80" in str(usable(cuda, torch.bfloat16, 80))
     assert "float64" in str(usable(cuda, torch.float64, 128))
+    assert usable(cuda, torch.float16, 256) is None and "256 in float32" in str(usable(cuda, torch.float32, 256))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
     assert "7.5 is below 8.0" in str(usable(cuda, torch.bfloat16, 128))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -115,19 +116,21 @@ def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("major", "shared", "wanted"),
-    [(8, 166912, config.AMPERE), (8, 101376, config.SMALL), (9, 232448, config.HOPPER), (10, 232448, config.HOPPER),
-     (12, 101376, config.SMALL)],
+    [(8, 166912, config.AMPERE), (8, 101376, config.AMPERE), (9, 232448, config.HOPPER), (10, 232448, config.HOPPER),
+     (12, 101376, config.AMPERE)],
 )  # fmt: skip
-def test_devices_with_little_shared_memory_get_tiles_of_their_own(
+def test_devices_with_little_shared_memory_get_tiles_that_fit(
     major: int, shared: int, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gpu, "interpreting", lambda: True)
     device = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     assert config.generation_of(torch.device("cuda")) == wanted
     for kernel in config.TABLE:
         for head_dim in config.HEAD_DIMS:
             for dtype in config.DTYPES:
-                assert config.tile_for(kernel, wanted, head_dim, dtype.itemsize, 64).m <= 64
+                if gpu.TritonBackend().unusable(torch.device("cpu"), dtype, head_dim) is None:
+                    assert config.tile_for(kernel, wanted, head_dim, dtype.itemsize, 64).m <= 64
 
 
 @pytest.mark.slow

@@ -38,6 +38,14 @@ def test_devices_with_little_shared_memory_fit() -> None:
             assert found.shared <= SHARED_LIMIT[86] == 99 * 1024, (launch.name, found)
 
 
+@pytest.mark.parametrize("capability", [86, 90])
+def test_head_dim_256_fits(capability: int) -> None:
+    for launch in general_launches(capability, 256, torch.bfloat16, 128):
+        if launch.name in PRODUCTS:
+            found = launch.measure(capability)
+            assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability], (launch.name, found)
+
+
 def test_float32_fits() -> None:
     for launch in general_launches(90, 128, torch.float32, 128):
         if launch.name in PRODUCTS:

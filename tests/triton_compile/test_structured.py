@@ -32,6 +32,12 @@ def test_no_spills(capability: int, head_dim: int, block: int) -> None:
     check(capability, head_dim, torch.bfloat16, block, documents=block == 64, listed=block == 64)
 
 
+@pytest.mark.parametrize("capability", [86, 90])
+def test_head_dim_256(capability: int) -> None:
+    """sm_86 has the rows of sm_80 and the least memory."""
+    check(capability, 256, torch.bfloat16, 128, documents=True, listed=True)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_no_spills_with_documents_and_lists(capability: int) -> None:
     check(capability, 128, torch.bfloat16, 128, documents=True, listed=True)

@@ -82,6 +82,7 @@ def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float = 4e
         (203, 64, {"columns": 50, "sharpness": 30.0, "documents": 0.03}),
         (130, 32, {"full": True, "group": 2, "kv_heads": 1}),
         (130, 32, {"full": True, "documents": 0.05}),
+        (60, 32, {"columns": 9, "group": 2, "kv_heads": 1, "head_dim": 256}),
     ],
     ids=lambda x: "-".join(f"{k[:4]}{v}" for k, v in x.items()) if isinstance(x, dict) else str(x),
 )
@@ -453,7 +454,7 @@ def test_bad_input_is_an_error_for_people() -> None:
     odd = SparsePattern.dense(1, 2, 60, 12)
     with pytest.raises(ValueError, match="power of two.*got 12"):
         sparse_attention(q[:, :60], k[:, :60], k[:, :60], odd, backend="triton")
-    with pytest.raises(ValueError, match="head_dim 40 is not one of 64, 96, 128"):
+    with pytest.raises(ValueError, match="head_dim 40 is not one of 64, 96, 128, 256"):
         sparse_attention(q[..., :40], k[..., :40], k[..., :40], case.pattern, backend="triton")
     with pytest.raises(ValueError, match="float64 is not bfloat16, float16 or float32"):
         sparse_attention(case.q, case.k, case.k, case.pattern, backend="triton")
