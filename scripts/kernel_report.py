@@ -60,7 +60,7 @@ def main() -> None:
         f"`python scripts/kernel_report.py`, Triton {triton.__version__}, no GPU needed. Spills in bytes (stores + loads), shared "
         "memory in KiB,",
         "tile = query rows x key rows, w = warps, s = pipeline stages. Budget for shared memory: "
-        + ", ".join(f"sm_{c} {limit // 1024} KiB" for c, limit in SHARED_LIMIT.items())
+        + ", ".join(f"sm_{c} {limit // 1024} KiB" for c, limit in SHARED_LIMIT.items() if c in given.capability)
         + ".",
         "Nothing here is a time: no kernel ran.",
         "",
