@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_kernels.gpu.recorded import structured_launches
+from sparse_kernels import ShardView, SparsePattern
+from sparse_kernels.gpu import index
+from sparse_kernels.gpu.recorded import Recorded, structured_launches
 from sparse_kernels.gpu.resources import SHARED_LIMIT
 
 PRODUCTS = {"forward_kernel", "dq_kernel", "dkdv_kernel", "column_kernel"}
@@ -49,3 +51,18 @@ def test_no_spills_with_documents_and_lists(capability: int) -> None:
 )
 def test_no_spills_in_other_dtypes_and_head_dims(capability: int, head_dim: int, dtype: torch.dtype) -> None:
     check(capability, head_dim, dtype, 64)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+@pytest.mark.parametrize("listed", [False, True], ids=["progression", "lists"])
+def test_tiles_by_query_and_by_key(listed: bool, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Recorded] = []
+    monkeypatch.setattr(index, "start", lambda kernel, grid, **given: found.append(Recorded(kernel, given)))
+    keys = torch.tensor([2, 0, 3, 1] if listed else [0, 1, 2, 3])
+    doc_start = torch.zeros(1, 256, dtype=torch.int64) if documents else None
+    view = ShardView(SparsePattern.dense(1, 8, 250, 64), torch.arange(4), keys, doc_start=doc_start)
+    for by_key in (False, True):
+        index.DeviceIndex(view, torch.device("cpu")).tiles(by_key=by_key)
+    assert [launched.arguments["LISTED"] for launched in found] == [listed, listed]
+    for launched in found:
+        assert launched.measure(80).spills == 0
