@@ -38,12 +38,12 @@ def test_devices_with_little_shared_memory_fit() -> None:
             assert found.shared <= SHARED_LIMIT[86] == 99 * 1024, (launch.name, found)
 
 
-@pytest.mark.parametrize("capability", [86, 90])
-def test_head_dim_256_fits(capability: int) -> None:
-    for launch in general_launches(capability, 256, torch.bfloat16, 128):
+def test_head_dim_256_fits() -> None:
+    """On the target with the least memory; the structured kernels are compiled for sm_90 too."""
+    for launch in general_launches(86, 256, torch.bfloat16, 128):
         if launch.name in PRODUCTS:
-            found = launch.measure(capability)
-            assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability], (launch.name, found)
+            found = launch.measure(86)
+            assert found.spills == 0 and found.shared <= SHARED_LIMIT[86], (launch.name, found)
 
 
 def test_float32_fits() -> None:
