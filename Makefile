@@ -31,7 +31,7 @@ $(STAMP): setup.py pyproject.toml $(wildcard constraints.txt)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
 	  f"mtrain needs Python 3.10 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.11 env")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev,eval]'
 	@touch $@
 
 quickstart: env ## a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin

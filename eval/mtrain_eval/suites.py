@@ -1,0 +1,52 @@
+"""The suites. A new one is a package with ``tasks(options)`` and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from mtrain.errors import EvalError
+from mtrain_eval.sample import SuiteOptions, Task
+
+# name -> what it is; the code is in mtrain_eval.<name>, which has tasks(options) -> list of tasks
+SUITES = {
+    "ruler": "RULER's 13 tasks (Hsieh et al. 2024, arXiv 2404.06654)",
+    "niah": "the needle grid, length x depth (Kamradt 2023)",
+    "infinitebench": "InfiniteBench (Zhang et al. 2024, arXiv 2402.13718) and offline twins of its synthetic tasks",
+    "pg19": "perplexity on books (Rae et al. 2020, arXiv 1911.05507)",
+    "retrieval": "mtrain's own retrieval, the task of the quickstart: for models trained on it",
+}
+
+
+def find_suites(names: Sequence[str]) -> list[str]:
+    """The suites of these names, each once, in the order given.
+
+    Raises:
+        EvalError: an unknown name, with the nearest known one.
+    """
+    for name in names:
+        if name not in SUITES:
+            raise EvalError(f"unknown suite {name!r}; {_nearest(name, SUITES)}suites: {', '.join(SUITES)}")
+    return list(dict.fromkeys(names))
+
+
+def make_tasks(suites: Sequence[str], options: SuiteOptions, only: Sequence[str] = ()) -> list[Task]:
+    """All tasks of some suites, or only those named.
+
+    Raises:
+        EvalError: an unknown suite or task.
+    """
+    made = [
+        task for name in find_suites(suites) for task in importlib.import_module(f"mtrain_eval.{name}").tasks(options)
+    ]
+    known = {task.name: task for task in made}
+    for name in only:
+        if name not in known:
+            raise EvalError(f"unknown task {name!r}; {_nearest(name, known)}tasks: {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(only)] if only else made
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
