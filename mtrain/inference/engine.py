@@ -19,7 +19,7 @@ from mtrain.inference.batches import DecodeBatch, PrefillBatch
 from mtrain.inference.cache import KeyValueCache
 from mtrain.inference.head import Head
 from mtrain.layout import RingLayout
-from mtrain.models.attach import detach
+from mtrain.models.attach import detach, own_config
 from mtrain.models.context import RingContext
 from mtrain.models.hf_attention import NAME, NO_MASK
 from mtrain.models.refuse import LOCAL_ROPE_TYPES, refuse, rope_type
@@ -99,7 +99,9 @@ class Engine:
     ) -> None:
         refuse(model.config, ring.world_size)
         check_rope(model)
-        detach(model).set_attn_implementation(NAME)
+        detach(model)
+        own_config(model)
+        model.set_attn_implementation(NAME)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.ring = tokenizer, ring
         self.recipe = DENSE if attention is None else attention
@@ -109,6 +111,7 @@ class Engine:
         self.last_density: float | None = None
         self._head = Head(model, chunk)
         self._layers = int(model.config.num_hidden_layers)
+        self._turning_point = _turning_point(model.config)
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +134,7 @@ class Engine:
         """
         if max_new_tokens < 1:
             raise EvalError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        tokens = self._check(ids, max_new_tokens)
+        tokens = self._check(ids, "generate", max_new_tokens)
         started = time.perf_counter()
         cache = KeyValueCache(extra=-(-max_new_tokens // self.ring.world_size))
         layout, hidden = self._prefill(tokens, cache)
@@ -141,7 +144,13 @@ class Engine:
         done = self._decide(row, found, stop)
         prefill_s = time.perf_counter() - started
         while not done and len(found) < max_new_tokens:
-            row = self._step(found[-1], len(tokens) + len(found) - 1, cache)
+            position = len(tokens) + len(found) - 1
+            if position == self._turning_point:
+                # As transformers does it: keys that were rotated for short texts are of no use in a long one.
+                layout, hidden = self._prefill(torch.cat([tokens, torch.tensor(found)]), cache)
+                row = self._last_row(hidden, layout)
+            else:
+                row = self._step(found[-1], position, cache)
             done = self._decide(row, found, stop)
         return Generation(found, prefill_s, time.perf_counter() - started - prefill_s, self.last_density)
 
@@ -155,7 +164,7 @@ class Engine:
         Raises:
             EvalError: a text that is too short, too long, or not the same on all ranks.
         """
-        tokens = self._check(ids, 0)
+        tokens = self._check(ids, "score")
         if len(tokens) < 2:
             raise EvalError("a text of one token has no next token to score; give at least 2")
         started = time.perf_counter()
@@ -187,8 +196,8 @@ class Engine:
         Raises:
             EvalError: positions outside the text, or a text that is too long or not the same on all ranks.
         """
-        tokens = self._check(ids, 0)
-        rows = torch.as_tensor(np.array(at, dtype=np.int64)).reshape(-1)
+        rows = torch.from_numpy(np.array(at, dtype=np.int64).reshape(-1))
+        tokens = self._check(ids, f"predict {rows.tolist()}")
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(tokens):
             raise EvalError(
                 f"positions {int(rows.min())}..{int(rows.max())} are asked of a text of {len(tokens)} tokens"
@@ -225,7 +234,7 @@ class Engine:
         )
         shard = tokens[positions.clamp(max=len(tokens) - 1)]
         hidden = self._forward(shard, positions, batch)
-        dense = all(density == 1.0 for density in batch.densities)
+        dense = self.recipe.pattern == "dense"
         self.last_density = None if dense else sum(batch.densities) / len(batch.densities)
         return layout, hidden
 
@@ -273,14 +282,16 @@ class Engine:
             decoder: Any = self.model.base_model
             decoder.rotary_emb(torch.zeros(1, 1, 1, device=self.device), start)
 
-    def _check(self, ids: np.ndarray, new: int) -> Tensor:
+    def _check(self, ids: np.ndarray, question: str, new: int = 0) -> Tensor:
         """The text as int64 [n], known to be a possible one and the same on every rank."""
         given = np.asarray(ids)
-        same = np.array([given.size, new, _digest(given)], dtype=np.int64)
-        parts = self.ring.all_gather(torch.from_numpy(same).to(self.device))
-        if any(not torch.equal(part, parts[0]) for part in parts):
+        # Ranks that answer different questions would wait for each other, or mix two texts without a word.
+        asked = torch.tensor([given.size, new, _digest(given, question)], device=self.device)
+        parts = torch.stack(self.ring.all_gather(asked))
+        if bool((parts != parts[0]).any()):
             raise EvalError(
-                "the ranks of the ring were asked different questions: every rank must make the same calls with the same ids"
+                "the ranks of the ring were asked different questions: every rank must make the same calls with the same "
+                "ids"
             )
         if given.ndim != 1 or given.size == 0 or not np.issubdtype(given.dtype, np.integer):
             raise EvalError(f"ids must be whole numbers of shape [n], n >= 1; got {given.dtype} {list(given.shape)}")
@@ -294,14 +305,23 @@ class Engine:
             raise EvalError(
                 f"{wanted} are beyond this model's {self.max_positions} positions (max_position_embeddings): extend it by "
                 "training (mtrain train with model.rope and model.max_position_embeddings), ask for shorter texts, or try "
-                f"positions it was not trained for with --max-positions {given.size + new}"
+                f"positions it was not trained for with --max-positions {given.size + new} (max_positions= of load_engine)"
             )
         return torch.from_numpy(given.astype(np.int64))
 
 
-def _digest(ids: np.ndarray) -> int:
-    """A number that two different texts hardly share."""
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=7).digest(), "big")
+def _digest(ids: np.ndarray, question: str) -> int:
+    """A number that two different questions hardly share."""
+    return int.from_bytes(hashlib.blake2b(question.encode() + b"\0" + ids.tobytes(), digest_size=7).digest(), "big")
+
+
+def _turning_point(config: Any) -> int | None:
+    """The first position of which longrope changes all frequencies; None: there is none."""
+    if rope_type(config) != "longrope":
+        return None
+    own = getattr(config, "original_max_position_embeddings", None)
+    limit = own or config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    return int(limit)
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

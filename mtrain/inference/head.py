@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtrain.errors import ModelError
+from mtrain.errors import EvalError, ModelError
 from sparse_kernels.reference import accumulation_dtype
+
+# Weights in bfloat16 are widened so many elements at a time, so that their float32 twin never exists whole.
+WIDEN_ELEMENTS = 1 << 24
 
 
 class Head:
@@ -21,29 +24,33 @@ class Head:
     """
 
     def __init__(self, model: Any, chunk: int) -> None:
-        projection = model.get_output_embeddings()
-        if not isinstance(projection, nn.Linear) or projection.bias is not None:
+        projection: Any = model.get_output_embeddings()
+        if not isinstance(projection, nn.Linear) or getattr(projection, "bias", None) is not None:
             raise ModelError(
                 f"inference needs an output projection nn.Linear without bias, this model has {projection!r}"
             )
-        self.projection: nn.Linear = projection
-        self.chunk = chunk
+        if chunk < 1:
+            raise EvalError(f"chunk is a number of rows, at least 1; got {chunk}")
+        self.projection, self.chunk = projection, chunk
 
     def __call__(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yields (slice of rows, logits [chunk, V]) for rows [n, E]."""
-        weight = self.projection.weight
-        wide = accumulation_dtype(weight.dtype)
-        fused = weight.dtype != wide and weight.device.type == "cuda"
-        if not fused:
-            weight = weight.to(wide)
         for start in range(0, rows.shape[0], self.chunk):
             piece = slice(start, start + self.chunk)
-            if fused:
-                yield piece, torch.mm(rows[piece], weight.T, out_dtype=wide)
-            else:
-                yield piece, rows[piece].to(wide) @ weight.T
+            yield piece, _product(rows[piece], self.projection.weight)
 
     def best(self, rows: Tensor) -> Tensor:
         """int64 [n]: the most likely token after each row; of equal ones the lowest id."""
         found = [logits.argmax(-1) for _, logits in self(rows)]
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=rows.device)
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T, summed and kept in the wide dtype."""
+    wide = accumulation_dtype(weight.dtype)
+    if weight.dtype == wide:
+        return rows @ weight.T
+    if weight.device.type == "cuda":
+        return torch.mm(rows, weight.T, out_dtype=wide)
+    step = max(1, WIDEN_ELEMENTS // weight.shape[1])
+    return torch.cat([rows.to(wide) @ part.to(wide).T for part in weight.split(step)], 1)
