@@ -1,0 +1,225 @@
+"""Evaluate a model at the lengths it was trained for: RULER, needle grids, InfiniteBench, PG-19.
+
+mtrain eval runs/quickstart/sparse/export --suite ruler,retrieval --lengths 1K,2K,4K --attention both --limit 20
+accelerate launch --config_file recipes/accelerate/cpu_2.yaml -m mtrain eval ...      every prompt split over the processes
+mtrain eval --compare runs/eval-a runs/eval-b                                         two runs side by side, paired
+
+The same command again goes on where it was stopped. Exit status: 0 done, 2 something to mend, 3 samples are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtrain.errors import EvalError, LaunchError
+
+if TYPE_CHECKING:
+    from mtrain.comm import Ring
+    from mtrain_eval.config import EvalConfig
+    from mtrain_eval.runner import Outcome
+
+MISSING = 3
+OUTPUT = Path("runs/eval")
+SUITES = "ruler,niah,infinitebench,pg19"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="directory in Hugging Face format, such as an export, or a hub id")
+    what = parser.add_argument_group("what is asked")
+    what.add_argument("--suite", default=SUITES, metavar="A,B", help="also: retrieval (default: %(default)s)")
+    what.add_argument("--tasks", default="", metavar="A,B", help="only these tasks of the suites (default: all)")
+    what.add_argument("--lengths", metavar="4K,8K", help="tokens of prompt and answer together; K = 1024")
+    what.add_argument(
+        "--limit", type=int, default=50, metavar="N", help="samples per task and length (default: %(default)s)"
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="S", help="of all samples (default: %(default)s)")
+    what.add_argument("--data-dir", type=Path, metavar="D", help="directory of the public data sets")
+    what.add_argument("--online", action="store_true", help="data sets may be fetched from the hub")
+    how = parser.add_argument_group("how the model is run")
+    how.add_argument("--attention", choices=("dense", "sparse", "both"), default="dense", help="of prompts; answers are "
+                     "always generated with all keys in view (default: %(default)s)")  # fmt: skip
+    how.add_argument(
+        "--recipe", metavar="FILE", help="its attention section is what sparse means (default: the model's own)"
+    )
+    how.add_argument("--max-positions", metavar="N", help="let the model take longer texts than its config says")
+    how.add_argument(
+        "--rope", metavar="SECTION", help="merged over rope_parameters, e.g. '{rope_type: yarn, factor: 4}'"
+    )
+    how.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (default: %(default)s)"
+    )
+    how.add_argument(
+        "--outer", type=int, default=1, metavar="N", help="of a launch: nodes in the ring (default: %(default)s)"
+    )
+    how.add_argument("--inner", type=int, metavar="N", help="of a launch: processes per node (default: all / outer)")
+    how.add_argument(
+        "--timeout", type=float, default=1800.0, metavar="S", help="seconds until a silent process is lost"
+    )
+    out = parser.add_argument_group("results")
+    out.add_argument("--output", type=Path, metavar="DIR", help=f"(default: {OUTPUT}; with --compare: nowhere)")
+    out.add_argument(
+        "--no-resume", action="store_true", help="set an earlier run in DIR aside instead of going on with it"
+    )
+    out.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="no evaluation: compare two finished runs"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, or compare.
+
+    Raises:
+        EvalError: anything in the arguments, the model or the data that a user can mend.
+    """
+    if args.compare is not None:
+        if args.model is not None:
+            raise EvalError(f"--compare takes two finished runs and no model; leave out {args.model!r}")
+        from mtrain_eval.compare import compare
+
+        print(compare(*args.compare, output=args.output))
+        return 0
+    config = make_config(args)
+    from datetime import timedelta
+
+    from mtrain.parallel import join_processes, leave_processes
+
+    timeout = timedelta(seconds=args.timeout)
+    _, size, device = join_processes(timeout)
+    ring = make_ring(size, args.outer, args.inner, timeout)
+    try:
+        outcome = _evaluate(args, config, ring, device)
+    except KeyboardInterrupt:
+        if ring.rank == 0:
+            print(f"\nstopped; every answer so far is in {config.output}, the same command goes on", file=sys.stderr)
+        raise
+    code = _conclude(config, ring, outcome)
+    leave_processes()
+    return code
+
+
+def make_config(args: argparse.Namespace) -> EvalConfig:
+    """The arguments as an `EvalConfig`.
+
+    Raises:
+        EvalError: a value that makes no sense.
+    """
+    from mtrain.errors import RecipeError
+    from mtrain.recipe.parts import read_section, read_size
+    from mtrain_eval.config import MODES, EvalConfig, read_lengths, split_names
+
+    if args.model is None:
+        raise EvalError("which model? mtrain eval MODEL --lengths 4K,8K (see mtrain eval --help)")
+    if args.lengths is None:
+        raise EvalError("which lengths? Give for example --lengths 4K,8K (tokens of prompt and answer together)")
+    if args.limit < 1 or args.seed < 0:
+        raise EvalError(f"--limit must be at least 1 and --seed at least 0, got {args.limit} and {args.seed}")
+    if args.timeout <= 0:
+        raise EvalError(f"--timeout must be above 0 seconds, got {args.timeout:g}")
+    suites = split_names(args.suite)
+    if not suites:
+        raise EvalError(f"--suite names none; give for example --suite {SUITES}")
+    try:
+        positions = None if args.max_positions is None else read_size(args.max_positions, "--max-positions")
+        rope = None if args.rope is None else read_section(args.rope, "--rope")
+    except RecipeError as error:
+        raise EvalError(str(error)) from None
+    return EvalConfig(
+        model=args.model,
+        lengths=read_lengths(args.lengths),
+        suites=suites,
+        tasks=split_names(args.tasks),
+        attention=MODES[args.attention],
+        limit=args.limit,
+        seed=args.seed,
+        output=args.output or OUTPUT,
+        recipe=args.recipe,
+        data_dir=args.data_dir,
+        online=args.online,
+        max_positions=positions,
+        rope=rope,
+        dtype=args.dtype,
+    )
+
+
+def make_ring(size: int, outer: int, inner: int | None, timeout: Any) -> Ring:
+    """One ring over all processes of the launch.
+
+    Raises:
+        LaunchError: outer x inner is another number.
+    """
+    from mtrain.comm import ProcessRing, SingleRing
+    from mtrain.topology import RingTopology
+
+    inner = inner if inner is not None else max(1, size // max(outer, 1))
+    if outer < 1 or inner < 1 or outer * inner != size:
+        raise LaunchError(
+            f"--outer {outer} x --inner {inner} must be the {size} process(es) that are running; leave both out for a flat "
+            "ring, or start more with accelerate launch --num_processes"
+        )
+    return SingleRing() if size == 1 else ProcessRing.create(RingTopology(outer, inner), timeout)
+
+
+def _evaluate(args: argparse.Namespace, config: EvalConfig, ring: Ring, device: Any) -> Outcome:
+    from mtrain.data.tokenizer import load_tokenizer
+    from mtrain.errors import DataError
+    from mtrain.inference import load_engine
+    from mtrain.models.build import load_config
+    from mtrain.recipe import ModelRecipe
+    from mtrain_eval.runner import evaluate
+    from mtrain_eval.suites import find_suites
+
+    find_suites(config.suites)  # a slip of the keyboard is said before anything is read
+    own = load_config(ModelRecipe(path=config.model))
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except DataError as error:
+        raise EvalError(f"{error}; save the model's tokenizer beside it, prompts cannot be made without") from None
+
+    def load(config: EvalConfig, recipe: Any, ring: Ring) -> Any:
+        return load_engine(
+            config.model,
+            recipe,
+            ring,
+            max_positions=config.max_positions,
+            rope=config.rope,
+            dtype=config.dtype,
+            device=device,
+        )
+
+    own_positions = int(own.max_position_embeddings)
+    return evaluate(
+        config,
+        ring,
+        load,
+        tokenizer=tokenizer,
+        positions=config.max_positions or own_positions,
+        command=" ".join(["mtrain", *sys.argv[1:]]),
+        resume=not args.no_resume,
+        facts={"own_positions": own_positions, "device": str(device), "outer": args.outer},
+    )
+
+
+def _conclude(config: EvalConfig, ring: Ring, outcome: Outcome) -> int:
+    """Results, pictures and the table on the first rank; the exit status on all."""
+    from mtrain_eval.agree import on_first
+
+    def finish() -> None:
+        from mtrain_eval.results import finish as write_results
+
+        write_results(config.output, outcome.tasks)
+        table = config.output / "results.md"
+        print(table.read_text(encoding="utf-8") if table.exists() else f"results are in {config.output}", flush=True)
+
+    on_first(ring, finish)
+    if outcome.missing and ring.rank == 0:
+        print(
+            f"{len(outcome.missing)} samples are missing, because a score was no finite number: the model's logits are broken "
+            "there; the same command asks them again",
+            file=sys.stderr,
+        )
+    return MISSING if outcome.missing else 0

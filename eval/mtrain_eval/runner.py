@@ -1,0 +1,278 @@
+"""The loop: every attention, length, task and sample that is not on disk yet is asked, scored and stored.
+
+All ranks of the ring walk through the same plan, which the first rank makes from what is stored; only that rank touches files.
+Every sample is made on every rank from its seeds and compared, so no rank can wait for the others in another question.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtrain.comm import Ring
+from mtrain.errors import EvalError
+from mtrain.recipe.schema import AttentionRecipe
+from mtrain_eval import run_directory
+from mtrain_eval.agree import on_all, on_first
+from mtrain_eval.ask import EngineLike, all_finite, ask, check_sample, make_row, prompt_sha256
+from mtrain_eval.config import EvalConfig, attention_recipes
+from mtrain_eval.progress import Progress, say
+from mtrain_eval.sample import DoesNotFitError, Sample, SuiteOptions, Task
+from mtrain_eval.store import DOES_NOT_FIT, Cell, Store, locked
+from mtrain_eval.suites import make_tasks
+
+LoadEngine = Callable[[EvalConfig, AttentionRecipe | None, Ring], EngineLike]
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """What is left to ask of a cell.
+
+    Attributes:
+        cell: which.
+        pending: samples to ask, in order.
+        stored: prompt_sha256 of the samples that some attention has answered already, by index.
+        own: an answered sample of this very cell, to be made once more and compared; None: there is none.
+    """
+
+    cell: Cell
+    pending: list[int]
+    stored: dict[int, str]
+    own: int | None
+
+
+@dataclass
+class Outcome:
+    """How an evaluation ended, the same on every rank.
+
+    Attributes:
+        asked: samples asked in this call.
+        stored: samples that were on disk before.
+        missing: samples that were asked and have no row, because a score was no number.
+        tasks: the tasks of the run.
+    """
+
+    tasks: list[Task]
+    asked: int = 0
+    stored: int = 0
+    missing: list[tuple[Cell, int]] = field(default_factory=list)
+
+
+def evaluate(
+    config: EvalConfig,
+    ring: Ring,
+    load: LoadEngine,
+    *,
+    tokenizer: Any,
+    positions: int,
+    command: str = "",
+    resume: bool = True,
+    facts: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Ask everything that is not stored yet; every rank of the ring makes this call.
+
+    Args:
+        config: what.
+        ring: the ranks that share each prompt; the first writes.
+        load: makes an engine; called once per attention that has something to ask.
+        tokenizer: the model's.
+        positions: longest text the model takes.
+        command: as typed, for the record.
+        resume: False: an earlier run in the same directory is set aside.
+        facts: for the record.
+
+    Raises:
+        EvalError: a suite, task, length or attention that cannot be, another run in the directory, data that is missing.
+    """
+    made: dict[str, Any] = {}
+
+    def start() -> tuple[int, str]:
+        made["recipes"] = attention_recipes(config)
+        options = SuiteOptions(tokenizer, config.seed, config.data_dir, config.online)
+        made["tasks"] = make_tasks(config.suites, options, config.tasks)
+        check_lengths(config.lengths, positions)
+        return _number(json.dumps(config.to_dict(), sort_keys=True)), ""
+
+    on_all(ring, start)
+    tasks: list[Task] = made["tasks"]
+    store = Store(config.output, say)
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+
+        def open_directory() -> None:
+            run_directory.prepare(config.output, resume, say)
+            stack.enter_context(locked(config.output))
+            known = {"positions": positions, "ranks": ring.world_size, **(facts or {})}
+            run_directory.open_run(config, made["recipes"], tasks, command=command, facts=known, say=say)
+
+        on_first(ring, open_directory)
+        found, stored = on_first(ring, lambda: make_plan(config, tasks, store))
+        plans = [
+            CellPlan(Cell(*cell), pending, {int(index): sha for index, sha in hashes.items()}, own)
+            for cell, pending, hashes, own in found
+        ]
+        runner = Runner(config, ring, store, tasks)
+        runner.run(plans, load, made["recipes"])
+    return Outcome(tasks, runner.asked, stored, runner.missing)
+
+
+def check_lengths(lengths: Sequence[int], positions: int) -> None:
+    """Refuse what the model cannot take, before any work is done.
+
+    Raises:
+        EvalError: with what would extend it.
+    """
+    beyond = [length for length in lengths if length > positions]
+    if beyond:
+        raise EvalError(
+            f"length {beyond[-1]} is beyond the model's {positions} positions (max_position_embeddings): ask for shorter "
+            "lengths, extend the model by training at that length (mtrain train with model.max_position_embeddings and "
+            f"model.rope), or try without training: --max-positions {beyond[-1]}, with --rope for another RoPE, such as "
+            "--rope '{rope_type: yarn, factor: 4}'"
+        )
+
+
+def make_plan(config: EvalConfig, tasks: Sequence[Task], store: Store) -> tuple[list[Any], int]:
+    """What is left to ask, as JSON: [[cell, pending, stored hashes, own index], ...], and how many samples are stored.
+
+    Short lengths come first within an attention, so that mistakes and first figures do not wait for the long ones.
+    """
+    wanted = [(length, task) for length in config.lengths for task in tasks]
+    hashes: dict[tuple[str, int], dict[int, str]] = {}
+    rows_of = {}
+    for cell in store.cells():
+        rows = rows_of[cell] = store.read(cell)
+        known = hashes.setdefault((cell.task, cell.length), {})
+        known.update({row["index"]: row["prompt_sha256"] for row in rows if DOES_NOT_FIT not in row})
+    counts = {(task.name, length): _count(task, length, config.limit) for length, task in wanted}
+    plan: list[Any] = []
+    stored = 0
+    for attention in config.attention:
+        for length, task in wanted:
+            cell = Cell(attention, task.name, length)
+            rows = rows_of.get(cell, [])
+            if rows and DOES_NOT_FIT in rows[0]:
+                continue
+            done = {row["index"] for row in rows}
+            stored += len(done & set(range(counts[task.name, length])))
+            pending = [index for index in range(counts[task.name, length]) if index not in done]
+            if pending:
+                plan.append([cell, pending, hashes.get((task.name, length), {}), min(done, default=None)])
+    return plan, stored
+
+
+def _count(task: Task, length: int, limit: int) -> int:
+    try:
+        count = task.count(length)
+    except DoesNotFitError:
+        return limit  # making the first sample will say so, and it is noted there
+    return limit if count is None else min(count, limit)
+
+
+class Runner:
+    """Walks through a plan.
+
+    Attributes:
+        asked: samples that were asked.
+        missing: samples without a row.
+    """
+
+    def __init__(self, config: EvalConfig, ring: Ring, store: Store, tasks: Sequence[Task]) -> None:
+        self.config, self.ring, self.store = config, ring, store
+        self.tasks = {task.name: task for task in tasks}
+        self.asked = 0
+        self.missing: list[tuple[Cell, int]] = []
+        self._trouble: str | None = None  # of the first rank's files; told to all with the next sample
+        self._progress = Progress(False, 0)
+
+    def run(self, plans: Sequence[CellPlan], load: LoadEngine, recipes: Mapping[str, AttentionRecipe | None]) -> None:
+        """Ask all of it.
+
+        Raises:
+            EvalError: on all ranks alike; what was answered before is stored.
+        """
+        self._progress = Progress(self.ring.rank == 0, sum(plan.cell.length * len(plan.pending) for plan in plans))
+        try:
+            for attention in self.config.attention:
+                mine = [plan for plan in plans if plan.cell.attention == attention]
+                if not mine:
+                    continue
+                engine = load(self.config, recipes[attention], self.ring)
+                check_lengths([plan.cell.length for plan in mine], engine.max_positions)
+                for plan in mine:
+                    self._cell(plan, engine)
+                del engine  # two copies of a large model would not fit
+            self._on_all(lambda: (0, ""))
+        finally:
+            self._progress.close()
+
+    def _cell(self, plan: CellPlan, engine: EngineLike) -> None:
+        cell, task = plan.cell, self.tasks[plan.cell.task]
+        if plan.own is not None:
+            self._make(plan, task, plan.own)
+        for number, index in enumerate(plan.pending):
+            self._progress.show(f"{cell.attention} {cell.task} {cell.length}")
+            sample, reason = self._make(plan, task, index)
+            if sample is None:
+                if number == 0 and plan.own is None:
+                    self._append(cell, {DOES_NOT_FIT: reason})
+                else:
+                    self._say(f"{cell.attention} {cell.task} {cell.length} has no more samples: {reason}")
+                self._progress.advance(cell.length * (len(plan.pending) - number))
+                return
+            answer = ask(engine, sample)
+            self.asked += 1
+            row = make_row(task, sample, answer)
+            if all_finite(row["scores"]):
+                self._append(cell, row)
+            else:
+                self.missing.append((cell, index))
+                self._say(f"{cell.attention} {cell.task} {cell.length}, sample {index}: {row['scores']}; not stored")
+            self._progress.advance(cell.length)
+
+    def _make(self, plan: CellPlan, task: Task, index: int) -> tuple[Sample | None, str]:
+        """A sample on every rank, known to be the same one and the same as the stored one; or why there is none."""
+        made: list[Sample] = []
+        cell = plan.cell
+
+        def make() -> tuple[int, str]:
+            try:
+                sample = task.sample(cell.length, index)
+            except DoesNotFitError as error:
+                return 0, str(error)
+            check_sample(sample)
+            sha = prompt_sha256(sample)
+            if plan.stored.get(index, sha) != sha:
+                raise EvalError(
+                    f"{self.config.output}: {cell.task}, length {cell.length}, sample {index} was another question when it "
+                    "was answered (the code or the data of the suite has changed); give another --output, or start anew "
+                    "with --no-resume"
+                )
+            made.append(sample)
+            return _number(sha), ""
+
+        reason = self._on_all(make)
+        return (made[0] if made else None), reason
+
+    def _append(self, cell: Cell, row: Mapping[str, Any]) -> None:
+        if self.ring.rank == 0:
+            try:
+                self.store.append(cell, row)
+            except OSError as error:
+                self._trouble = f"cannot write to {self.store.path(cell)}: {error.strerror or error}"
+
+    def _on_all(self, action: Callable[[], tuple[int, str]]) -> str:
+        return on_all(self.ring, action, self._trouble) or ""
+
+    def _say(self, text: str) -> None:
+        if self.ring.rank == 0:
+            say(text)
+
+
+def _number(text: str) -> int:
+    """62 bits of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
