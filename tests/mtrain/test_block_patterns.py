@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mtrain.comm import Ring, run_ranks
-from mtrain.errors import CheckpointError, MtrainError, RecipeError
 from mtrain.layout import RingLayout
 from mtrain.patterns import PatternPlan
-from mtrain.recipe.schema import AttentionRecipe, RefreshEvery, TopKBudget
+from mtrain.recipe.schema import AttentionRecipe, TopKBudget
 from sparse_kernels import SparsePattern
 
 BLOCK_PATTERNS = ("xattention", "moba")
