@@ -21,7 +21,7 @@ from mtrain_eval.tokens import encode_prompt
 # A piece of a sentence shorter than this many tokens may not exist ("A." are two already); then a sentence makes room for it.
 _SHORTEST_PIECE = 8
 _LONG_SENTENCE = 800  # characters
-_TRIES = 6
+_TRIES = 8
 _ENDS = (".", "...", "..")
 
 
@@ -66,7 +66,8 @@ class Haystack:
         spare = tokens - len(encode_prompt(self.tokenizer, frame.head + frame.needle + frame.tail))
         best: Filled | None = None
         for tries in itertools.count():
-            made = self._assemble(frame, max(spare, 0), depth, start)
+            # Where a tokenizer cannot hit the number with this beginning, it can with the next one.
+            made = self._assemble(frame, max(spare, 0), depth, start + tries // 2)
             missing = tokens - len(made.ids)
             if missing >= 0 and (best is None or len(made.ids) > len(best.ids)):
                 best = made
