@@ -6,6 +6,7 @@ data directory, seed, precision or version may not: its rows would be averaged w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import subprocess
@@ -117,6 +118,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout that runs, with ``+changes`` when files differ from it; None for an installed package."""
     folder = Path(mtrain.__file__).parent
