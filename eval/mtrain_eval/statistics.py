@@ -210,13 +210,15 @@ def mean_difference(parts: Sequence[Difference]) -> Difference | None:
     """Plain mean of the differences of independent tasks, each weighing the same; None for none."""
     if not parts:
         return None
+    if len(parts) == 1:
+        return parts[0]
     whole = mean_of([Figure(part.value, part.n, part.stderr, part.low, part.high) for part in parts])
     assert whole is not None
     p = None
-    if whole.stderr:
-        p = 2 * NormalDist().cdf(-abs(whole.value) / whole.stderr)
-    elif whole.stderr == 0.0:
-        p = 1.0 if whole.value == 0.0 else 0.0
+    if whole.low is not None and whole.high is not None:
+        # The p-value that the interval stands for: how far zero lies, in half-widths on its side.
+        half = whole.value - whole.low if whole.value > 0 else whole.high - whole.value
+        p = 1.0 if whole.value == 0.0 else 2 * NormalDist().cdf(-Z * abs(whole.value) / half) if half > 0 else 0.0
     k = len(parts)
     return Difference(
         value=whole.value,
