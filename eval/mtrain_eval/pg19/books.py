@@ -93,4 +93,6 @@ def _held_out() -> Iterator[Document]:
     hashes = np.array([content_hash(document.text) for document in documents], dtype=np.int64)
     # Only the hashes decide, so nothing needs to be tokenised to know which documents training never sees.
     chosen = TokenStore(np.zeros(0, np.uint16), np.zeros(len(hashes) + 1, np.int64), hashes).held_out()
-    yield from (document for document, held in zip(documents, chosen, strict=True) if held)
+    held = [document for document, one in zip(documents, chosen, strict=True) if one]
+    # Longest first: under a limit every length is then measured on the same documents, as long as they last.
+    yield from sorted(held, key=lambda document: (-len(document.text.encode()), document.where))

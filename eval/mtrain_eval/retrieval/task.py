@@ -13,7 +13,7 @@ from mtrain.data.retrieval import RetrievalMaker, RetrievalTask
 from mtrain.data.source import seeded
 from mtrain_eval.sample import DoesNotFitError, Figure, Prediction, Sample, SuiteOptions
 from mtrain_eval.seeds import sample_rng
-from mtrain_eval.statistics import bootstrap_ratio, mean_figures
+from mtrain_eval.statistics import bootstrap_ratio, mean_figures, wilson
 
 DEPTH_BINS = 5
 
@@ -119,7 +119,7 @@ class RecallTask:
             found = [row["scores"] for row in rows if f"depth_{number}_asked" in row["scores"]]
             if found:
                 low, high = (100 * edge // DEPTH_BINS for edge in (number, number + 1))
-                figures[f"accuracy_depth_{low}_{high}"] = bootstrap_ratio(
+                figures[f"accuracy_depth_{low}_{high}"] = _share(
                     [scores[f"depth_{number}_right"] for scores in found],
                     [scores[f"depth_{number}_asked"] for scores in found],
                 )
@@ -139,6 +139,15 @@ class RecallTask:
     def _at(self, depth: float) -> RetrievalMaker:
         task = replace(self._maker.task, depth=depth, spread=0.0)
         return RetrievalMaker(self.options.tokenizer, task, held_out=True)
+
+
+def _share(right: Sequence[float], asked: Sequence[float]) -> Figure:
+    """Right answers of all asked, its error by resampling prompts; where all prompts agree, Wilson's interval over prompts."""
+    figure = bootstrap_ratio(right, asked)
+    if figure.stderr == 0.0:
+        low, high = wilson(figure.value, figure.n)
+        figure = replace(figure, low=low, high=high)
+    return figure
 
 
 class ExamTask(RecallTask):
