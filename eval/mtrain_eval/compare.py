@@ -7,15 +7,24 @@ not blur what changed between them. Runs that were asked different prompts are r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mtrain.errors import EvalError
 from mtrain_eval.fingerprint import differences
 from mtrain_eval.results import SHARES, Results, lengths, load_results, rows_of, short, suites, task_names
 from mtrain_eval.show import Table, markdown, percent_change, percent_of, plain_change, probability
-from mtrain_eval.statistics import Difference, mean_difference, pair_rows, paired_difference
+from mtrain_eval.statistics import (
+    Difference,
+    Row,
+    bootstrap_ratio_difference,
+    mean_difference,
+    pair_rows,
+    paired_difference,
+)
 from mtrain_eval.store import write_whole
 
 UP, DOWN = "\u25b2", "\u25bc"
@@ -181,9 +190,38 @@ def tables_of(a: Side, b: Side) -> list[Table]:
 
 
 def change_of(a: Side, b: Side, task: str, length: int) -> Difference | None:
-    """What changed in one cell: the main metric, or the perplexity over the same documents."""
+    """What changed in one cell: the mean of the main metric, or the perplexity over the same documents."""
     metric = a.results["tasks"][task]["metric"]
-    return paired_difference(a.rows(task, length), b.rows(task, length), metric)
+    rows = a.rows(task, length), b.rows(task, length)
+    if metric == "perplexity" and all("nll_sum" in row["scores"] for side in rows for row in side):
+        pairs = pair_rows(*rows)
+        return perplexity_change(pairs) if pairs else None
+    return paired_difference(*rows, metric)
+
+
+def perplexity_change(pairs: Sequence[tuple[Row, Row]]) -> Difference:
+    """Perplexity of b minus that of a: exp(sum of NLL / sum of tokens) over the same samples, resampling documents."""
+    documents: dict[Any, np.ndarray] = {}
+    for a, b in pairs:
+        name = a["meta"].get("document", ("row", a["index"]))
+        sums = [a["scores"]["nll_sum"], a["scores"]["tokens"], b["scores"]["nll_sum"], b["scores"]["tokens"]]
+        documents[name] = documents.get(name, np.zeros(4)) + sums
+    nll_a, tokens_a, nll_b, tokens_b = np.stack(list(documents.values())).T
+    whole = bootstrap_ratio_difference((nll_a, tokens_a), (nll_b, tokens_b), bounded_exp)
+    own = nll_b / tokens_b - nll_a / tokens_a
+    return Difference(
+        **asdict(whole),
+        p=None,
+        better=int((own > 0).sum()),
+        worse=int((own < 0).sum()),
+        mean_a=float(bounded_exp(nll_a.sum() / tokens_a.sum())),
+        mean_b=float(bounded_exp(nll_b.sum() / tokens_b.sum())),
+    )
+
+
+def bounded_exp(ratio: np.ndarray) -> np.ndarray:
+    """exp, at most what a float64 holds."""
+    return np.exp(np.minimum(ratio, 700.0))
 
 
 def _suite_table(a: Side, b: Side, changes: dict[tuple[str, int], Difference]) -> Table:
@@ -214,21 +252,26 @@ def _task_table(
     a: Side, b: Side, suite: str, names: Sequence[str], changes: dict[tuple[str, int], Difference]
 ) -> Table:
     asked = [length for length in lengths(a.results, suite) if any((name, length) in changes for name in names)]
-    show = percent_change if suite in SHARES else plain_change
-    unit = "B - A in points [95 %]" if suite in SHARES else "B - A [95 %]"
-    table = Table(f"{suite}: {unit}", ["task", "metric", "pairs", *[short(length) for length in asked]], [])
+    shares = suite in SHARES
+    title = f"{suite}: B - A in points [95 %]" if shares else f"{suite}: A, then B - A [95 %]; lower is better"
+    table = Table(title, ["task", "metric", "pairs", *[short(length) for length in asked]], [])
     tested = 0
     for name in names:
         found = [changes.get((name, length)) for length in asked]
         tested += sum(one is not None and one.low is not None for one in found)
         pairs = sorted({one.n for one in found if one is not None})
         count = str(pairs[0]) if len(pairs) == 1 else f"{pairs[0]}-{pairs[-1]}"
-        cells = [_marked(show(one), one) for one in found]
-        table.rows.append([name, a.results["tasks"][name]["metric"], count, *cells])
+        cells = [percent_change(one) if shares else _with_start(one) for one in found]
+        marked = [_marked(text, one) for text, one in zip(cells, found, strict=True)]
+        table.rows.append([name, a.results["tasks"][name]["metric"], count, *marked])
     table.notes.append(
         f"{UP} {DOWN}: the interval leaves out zero; of {tested} such intervals about {0.05 * tested:.1f} would by chance"
     )
     return table
+
+
+def _with_start(change: Difference | None) -> str:
+    return plain_change(None) if change is None else f"{change.mean_a:.4g} {plain_change(change)}"
 
 
 def _marked(text: str, change: Difference | None) -> str:

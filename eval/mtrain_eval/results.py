@@ -50,7 +50,9 @@ def finish(output: Path, tasks: Sequence[Task]) -> Results:
         EvalError: there is no run in the directory, or a score is no number.
     """
     results = build(read_json(output / "run.json", "a directory that mtrain eval wrote"), output, tasks)
-    write_whole(output / FILE, json.dumps(results, allow_nan=False, indent=1) + "\n")
+    text = json.dumps(results, allow_nan=False, indent=1) + "\n"
+    write_whole(output / FILE, text)
+    results = json.loads(text)  # what others will read: all keys are text
     # Both read this module; and matplotlib is wanted only when there is something to draw.
     importlib.import_module("mtrain_eval.html").publish(output, results)
     return results
@@ -200,7 +202,7 @@ def _mean(values: Any) -> float | None:
 
 def _of_suite(results: Results, attention: str, suite: str) -> dict[str, Any]:
     """What the suite itself makes of its figures: RULER's layout, InfiniteBench's two means."""
-    module = importlib.import_module(f"mtrain_eval.{suite}.summary")
+    summarise = importlib.import_module(f"mtrain_eval.{suite}.summary").summarise
     mine = {
         name: {
             int(length): Figure(**metrics[results["tasks"][name]["metric"]]) for length, metrics in per_length.items()
@@ -208,8 +210,12 @@ def _of_suite(results: Results, attention: str, suite: str) -> dict[str, Any]:
         for name, per_length in results["figures"].get(attention, {}).items()
         if results["tasks"][name]["suite"] == suite
     }
-    found: dict[str, Any] = module.summarise(mine)
-    return found
+    if suite == "ruler":
+        values = {name: {length: one.value for length, one in row.items()} for name, row in mine.items()}
+        found = summarise(values, {name: results["tasks"][name]["source"] for name in values})
+    else:
+        found = summarise(mine)
+    return dict(found)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------

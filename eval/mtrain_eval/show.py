@@ -60,7 +60,7 @@ def percent_change(change: Difference | None) -> str:
     return f"{100 * change.value:+.1f}{interval}"
 
 
-def plain_change(change: Figure | Difference | None) -> str:
+def plain_change(change: Difference | None) -> str:
     """The same for any number: +0.12 [-0.03, +0.27]."""
     if change is None:
         return NOTHING

@@ -7,8 +7,10 @@ are never called by the benchmark's name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mtrain_eval.results import (
+    PUBLISHED,
     SHARES,
     Results,
     figure,
@@ -101,6 +103,7 @@ def perplexity_tables(results: Results, suite: str) -> list[Table]:
             for attention in results["attentions"]
             for cell in results["figures"].get(attention, {}).get(name, {}).values()
             for metric in cell
+            if not metric.startswith("nll_to_")
         ]
         table = Table(f"{name} ({results['tasks'][name]['source']})", ["figure", "attention"], [])
         table.header += [heading(results, length) for length in asked]
@@ -114,8 +117,9 @@ def perplexity_tables(results: Results, suite: str) -> list[Table]:
                 table.rows.append([metric, attention, *cells])
         for attention in results["attentions"]:
             counts = [str(len(rows_of(results, attention, name, length))) for length in asked]
-            table.rows.append(["documents", attention, *counts])
+            table.rows.append(["samples", attention, *counts])
         table.notes = [*_standing_notes(results, suite, asked), *notes.lines]
+        table.notes.append("intervals by resampling documents; the loss by position is in results.json (nll_to_N)")
         tables.append(table)
     return tables
 
@@ -125,26 +129,35 @@ def ruler_tables(results: Results) -> list[Table]:
     if "ruler" not in suites(results):
         return []
     asked = lengths(results, "ruler")
-    label = results["summary"][results["attentions"][0]]["suites"]["ruler"]["label"]
+    summaries = {attention: results["summary"][attention]["ruler"] for attention in results["attentions"]}
     header = ["attention", *[heading(results, length) for length in asked]]
     header += ["avg", "wAvg (inc)", "wAvg (dec)", "effective length"]
-    table = Table(f"RULER's layout ({label})", header, [])
-    for attention in results["attentions"]:
-        found = results["summary"][attention].get("ruler")
-        if found is None:
-            continue
+    table = Table("", header, [])
+    for attention, found in summaries.items():
         averages = {int(length): value for length, value in found["average"].items()}
-        mean = sum(averages.values()) / len(averages) if averages else None
-        effective = found["effective_length"]
+        # A mean over lengths with different tasks would compare nothing.
+        mean = None if found["wavg_inc"] is None else sum(averages.values()) / len(averages)
         row = [attention, *[percent_of(averages.get(length)) for length in asked]]
-        row += [percent_of(mean), percent_of(found["wavg_inc"]), percent_of(found["wavg_dec"])]
-        table.rows.append([*row, short(effective) if effective else f"<{short(asked[0])}"])
-    table.notes = [
-        "effective length: the longest with an average above 85.6, Llama-2-7B-chat's at 4K (Hsieh et al. 2024); inc and dec "
-        "weigh the lengths 1, 2, 3, ... upwards or downwards",
-        *_standing_notes(results, "ruler", asked),
+        row += [percent_of(mean), percent_of(found["wavg_inc"]), percent_of(found["wavg_dec"]), _effective(found)]
+        table.rows.append(row)
+        table.notes += [note for note in found["notes"] if note not in table.notes]
+    names = list(dict.fromkeys(found["name"] for found in summaries.values()))
+    table.title = f"{' / '.join(names)}: averages in the benchmark's layout"
+    table.notes += [
+        "effective length: the longest from 4K on with an average of at least 85.6, Llama-2-7B-chat's at 4K (Hsieh et al. "
+        "2024); inc and dec weigh the lengths 1, 2, 3, ... upwards and downwards",
+        *_beyond_note(results, asked),
     ]
     return [table]
+
+
+def _effective(found: dict[str, Any]) -> str:
+    """The effective length; "<4K" when complete lengths were run and none passes."""
+    if found["effective_length"] is not None:
+        return short(int(found["effective_length"]))
+    complete = [int(length) for length, count in found["tasks"].items() if count == PUBLISHED["ruler"][1]]
+    tested = [length for length in complete if length >= 4096]
+    return f"<{short(min(tested))}" if tested else NOTHING
 
 
 def cost_table(results: Results) -> Table:
@@ -194,10 +207,14 @@ def _standing_notes(results: Results, suite: str, asked: Sequence[int]) -> list[
     if synthetic:
         title = TITLES.get(suite, "benchmark")
         notes.append(f"{STAND_IN} on a synthetic stand-in for the published text; these figures are no {title} scores")
+    return notes + _beyond_note(results, asked)
+
+
+def _beyond_note(results: Results, asked: Sequence[int]) -> list[str]:
     trained = trained_positions(results)
-    if trained is not None and any(length > trained for length in asked):
-        notes.append(f"{BEYOND} beyond the {trained} positions the model was trained on")
-    return notes
+    if trained is None or all(length <= trained for length in asked):
+        return []
+    return [f"{BEYOND} beyond the {trained} positions the model was trained on"]
 
 
 def heading(results: Results, length: int) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mtrain_eval.compare import choose_sides, compare, split_side, tables_of
-from mtrain_eval.results import build
-from mtrain_eval.show import Table
 
 from mtrain.errors import EvalError
+from mtrain_eval.compare import choose_sides, compare, perplexity_change, split_side, tables_of
+from mtrain_eval.results import build
+from mtrain_eval.show import Table
 from tests.mtrain_eval.hand_made import TASKS, make_run
 
 
@@ -48,7 +48,7 @@ def test_dense_against_sparse_in_one_run_by_hand(runs: Path) -> None:
     assert suites["retrieval", "1K"][7] == "0.50"  # McNemar: two pairs disagree, both the same way
     assert suites["retrieval", "4K"][2:6] == ["2", "16", "75.0", "50.0"]
     books = found[3]
-    assert books.rows == [["books", "perplexity", "4", "+0.5 [+0.5, +0.5] \u25b2", "+0.5 [+0.5, +0.5] \u25b2"]]
+    assert books.rows == [["books", "perplexity", "4", "9.25 +0.5 [+0.5, +0.5] \u25b2", "8.5 +0.5 [+0.5, +0.5] \u25b2"]]
     assert found[2].rows[1][3] == "-"  # prose does not fit at 1K
 
 
@@ -124,6 +124,24 @@ def test_another_tokenizer_and_other_data_are_named(runs: Path, tmp_path: Path) 
     tokenizer = changed(runs / "both", tmp_path / "tokenizer", other_tokenizer)
     with pytest.raises(EvalError, match="what differs: tokenizer: abc -> xyz"):
         tables(runs / "both", tokenizer)
+
+
+def test_perplexities_are_compared_by_document() -> None:
+    def books(nll: list[float]) -> list[dict[str, Any]]:
+        found = zip(nll, (100.0, 50.0, 200.0), (0, 0, 1), strict=True)
+        return [
+            {"index": i, "meta": {"document": document}, "scores": {"nll_sum": value, "tokens": tokens}}
+            for i, (value, tokens, document) in enumerate(found)
+        ]
+
+    a, b = books([200.0, 100.0, 500.0]), books([210.0, 100.0, 490.0])
+    change = perplexity_change(list(zip(a, b, strict=True)))
+    assert change.mean_a == change.mean_b == pytest.approx(math.exp(800 / 350))
+    assert (change.value, change.n, change.better, change.worse) == (0.0, 2, 1, 1)
+    assert change.low is not None and change.low < 0 < change.high  # type: ignore[operator]
+    worse = perplexity_change(list(zip(a, books([210.0, 100.0, 520.0]), strict=True)))
+    assert worse.value == pytest.approx(math.exp(830 / 350) - math.exp(800 / 350)) and worse.clear
+    assert perplexity_change([(a[0], b[0])]).low is None
 
 
 def test_what_only_one_answered_is_listed(runs: Path, tmp_path: Path) -> None:

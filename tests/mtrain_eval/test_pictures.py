@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mtrain_eval import pictures
 from mtrain_eval.results import build
 from mtrain_eval.sample import Figure
 from mtrain_eval.statistics import mean_figures
-
 from tests.mtrain_eval.hand_made import TASKS, HandTask, make_run
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mtrain.errors import EvalError
 from mtrain_eval.html import table_html
 from mtrain_eval.results import build, figure, finish, label, lengths, load_results, short
+from mtrain_eval.ruler.summary import TASKS as TASK_NAMES
 from mtrain_eval.sample import Figure
 from mtrain_eval.show import Table, markdown, percent, plain, probability, terminal
 from mtrain_eval.statistics import wilson
 from mtrain_eval.store import Cell, Store
 from mtrain_eval.tables import all_tables
-
-from mtrain.errors import EvalError
 from tests.mtrain_eval.hand_made import HOSTILE, TASKS, HandTask, make_run, row
 
 
@@ -91,9 +92,39 @@ def test_tables_by_hand(results: dict[str, Any]) -> None:
     assert [line[:3] for line in books.rows] == [
         ["perplexity", "dense", "9.25 ±2.1"],
         ["perplexity", "sparse", "9.75 ±2.1"],
-        ["documents", "dense", "4"],
-        ["documents", "sparse", "4"],
+        ["samples", "dense", "4"],
+        ["samples", "sparse", "4"],
     ]
+
+
+def ruler_run(output: Path, tasks: int) -> list[Table]:
+    """Tables of a run of the first so many RULER tasks at 4K and 8K: 90 % right at 4K, 80 % at 8K."""
+    made = [HandTask(name, "ruler") for name in TASK_NAMES[:tasks]]
+    make_run(output, ("dense",))
+    store = Store(output)
+    for task in made:
+        for length, right in ((4096, 9), (8192, 8)):
+            for index in range(10):
+                store.append(Cell("dense", task.name, length), row(task, length, index, float(index < right)))
+    store.close()
+    return all_tables(build(json.loads((output / "run.json").read_text()), output, made))
+
+
+def test_ruler_s_layout_by_hand(tmp_path: Path) -> None:
+    tables = {table.title: table for table in ruler_run(tmp_path / "run", 13)}
+    layout = tables["RULER: averages in the benchmark's layout"]
+    assert layout.header == ["attention", "4K\u2020", "8K\u2020", "avg", "wAvg (inc)", "wAvg (dec)", "effective length"]
+    # (1 * 90 + 2 * 80) / 3 and (2 * 90 + 1 * 80) / 3
+    assert layout.rows == [["dense", "90.0", "80.0", "85.0", "83.3", "86.7", "4K"]]
+    assert tables["ruler: share of right answers in %"].total[0] == "RULER average"  # type: ignore[index]
+
+
+def test_a_part_of_ruler_is_no_ruler_score(tmp_path: Path) -> None:
+    tables = {table.title: table for table in ruler_run(tmp_path / "run", 12)}
+    layout = tables["RULER-shaped tasks: averages in the benchmark's layout"]
+    assert layout.rows[0][-1] == "-" and any("Not all 13 tasks" in note for note in layout.notes)
+    total = tables["ruler: share of right answers in %"].total
+    assert total is not None and total[0] == "mean of 12 of 13 RULER tasks: no RULER score"
 
 
 def test_many_lengths_are_broken_into_several_tables(tmp_path: Path) -> None:
