@@ -45,7 +45,13 @@ def write(folder: Path, hub: bool = False, context: str = SEPARATORS) -> SuiteOp
     place.mkdir(parents=True)
     for split, (question, official, exported, _, _) in ROWS.items():
         options = OPTIONS if BY_SPLIT[split].label == "option" else []
-        row = {"id": 7, "context": context, "input": question, "answer": exported if hub else official, "options": options}
+        row = {
+            "id": 7,
+            "context": context,
+            "input": question,
+            "answer": exported if hub else official,
+            "options": options,
+        }
         lines = [json.dumps(row | {"id": 7 + i}, ensure_ascii=False) for i in range(3)]
         end = "\r\n" if hub else "\n"
         (place / f"{split}.jsonl").write_bytes((end.join([lines[0], "", *lines[1:]]) + end * hub).encode())
@@ -76,7 +82,9 @@ def test_all_tasks_read_both_formats_and_score_by_the_official_type(tmp_path: Pa
 
 def test_generation_lengths_are_the_official_ones(tmp_path: Path) -> None:
     found = published(write(tmp_path))
-    lengths = {name.removeprefix("infinitebench_"): task.sample(65536, 0).max_new_tokens for name, task in found.items()}
+    lengths = {
+        name.removeprefix("infinitebench_"): task.sample(65536, 0).max_new_tokens for name, task in found.items()
+    }
     assert lengths == {
         "passkey": 6,
         "number_string": 12,
@@ -163,7 +171,9 @@ def test_only_tasks_with_a_file_are_there(tmp_path: Path) -> None:
 
 
 def test_a_data_dir_without_the_files_says_what_to_download(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="passkey.jsonl.*huggingface.co/datasets/xinrongzhang2022/InfiniteBench.*--online"):
+    with pytest.raises(
+        EvalError, match="passkey.jsonl.*huggingface.co/datasets/xinrongzhang2022/InfiniteBench.*--online"
+    ):
         tasks(SuiteOptions(TOKENIZER, data_dir=tmp_path))
 
 

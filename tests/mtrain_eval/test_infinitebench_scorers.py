@@ -94,7 +94,11 @@ EXACT: dict[str, list[tuple[str, Any, float]]] = {
         ("The answer is: B", ["Spider.crawl", "B"], 1),
         ("The answer is:B", ["Spider.crawl", "B"], 0),  # the character after the prefix is passed over
         ("The answer is:  B", ["Spider.crawl", "B"], 1),  # runs of blanks become one
-        ("answer: `Spider.crawl`", ["Spider.crawl", "B"], 1),  # "`" becomes a blank, blanks become one, one is passed over
+        (
+            "answer: `Spider.crawl`",
+            ["Spider.crawl", "B"],
+            1,
+        ),  # "`" becomes a blank, blanks become one, one is passed over
         ("The Answer: B", ["Spider.crawl", "B"], 0),  # prefixes in small letters only
         ("the bug is: Spider.crawl()", ["Spider.crawl", "B"], 1),
         ("The correct option is: B", ["Spider.crawl", "B"], 1),
