@@ -169,12 +169,14 @@ def _evaluate(args: argparse.Namespace, config: EvalConfig, ring: Ring, device: 
     from mtrain.errors import DataError
     from mtrain.inference import load_engine
     from mtrain.models.build import load_config
+    from mtrain.models.rope import override_rope
     from mtrain.recipe import ModelRecipe
     from mtrain_eval.runner import evaluate
     from mtrain_eval.suites import find_suites
 
     find_suites(config.suites)  # a slip of the keyboard is said before anything is read
     own = load_config(ModelRecipe(path=config.model))
+    used = override_rope(own, config.rope, config.max_positions)
     try:
         tokenizer = load_tokenizer(config.model)
     except DataError as error:
@@ -191,16 +193,15 @@ def _evaluate(args: argparse.Namespace, config: EvalConfig, ring: Ring, device: 
             device=device,
         )
 
-    own_positions = int(own.max_position_embeddings)
     return evaluate(
         config,
         ring,
         load,
         tokenizer=tokenizer,
-        positions=config.max_positions or own_positions,
+        positions=int(used.max_position_embeddings),
         command=" ".join(["mtrain", *sys.argv[1:]]),
         resume=not args.no_resume,
-        facts={"own_positions": own_positions, "device": str(device), "outer": args.outer},
+        facts={"own_positions": int(own.max_position_embeddings), "device": str(device), "outer": args.outer},
     )
 
 

@@ -167,8 +167,10 @@ def _fill(axis: Any, grid: np.ndarray, lowest: float) -> None:
 
 
 def perplexity_tasks(results: Results) -> list[str]:
-    """Tasks that measure no share."""
-    return [name for suite in suites(results) if suite not in SHARES for name in task_names(results, suite)]
+    """Tasks that measure no share, and have a figure at some length."""
+    with_figures = {name for per_task in results["figures"].values() for name in per_task}
+    names = [name for suite in suites(results) if suite not in SHARES for name in task_names(results, suite)]
+    return [name for name in names if name in with_figures]
 
 
 def perplexity_curve(results: Results, task: str) -> Any:

@@ -16,20 +16,21 @@ class Progress:
     """
 
     def __init__(self, enabled: bool, total: int) -> None:
-        self._bar = None
-        if enabled and total:
-            terminal = sys.stderr.isatty()
+        self._enabled, self._total = enabled, total
+        self._bar: tqdm | None = None
+
+    def show(self, text: str) -> None:
+        """What is being asked; the first time the bar appears, so that nothing stands above an early error."""
+        if self._enabled and self._bar is None:
             self._bar = tqdm(
-                total=total,
+                total=self._total,
                 unit="tok",
                 unit_scale=True,
                 dynamic_ncols=True,
                 file=sys.stderr,
-                mininterval=0.5 if terminal else 30.0,  # a log file needs no animation
+                mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file needs no animation
+                desc=text,
             )
-
-    def show(self, text: str) -> None:
-        """What is being asked."""
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
 
