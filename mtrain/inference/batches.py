@@ -96,7 +96,10 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     query = q.to(wide).view(kv_heads, heads // kv_heads, head_dim) * scale
     step = n if k.dtype == wide else max(1, WIDEN_ELEMENTS // (kv_heads * head_dim))
     pieces = [slice(start, start + step) for start in range(0, n, step)]
-    scores = torch.cat([query @ k[:, piece].to(wide).transpose(1, 2) for piece in pieces], 2)
+    # Keys on the left: a CPU multiplies tall by thin twice as fast as thin by tall.
+    scores = (
+        torch.cat([k[:, piece].to(wide) @ query.transpose(1, 2) for piece in pieces], 1).transpose(1, 2).contiguous()
+    )
     lse = scores.logsumexp(-1)
     probs = scores.sub_(lse[..., None]).exp_()
     out = torch.zeros_like(query)

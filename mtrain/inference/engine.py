@@ -77,7 +77,7 @@ class Engine:
         tokenizer: the model's.
         attention: None: dense.
         ring: the ranks that share each prompt.
-        chunk: rows whose logits exist at one time; memory is about 2 * chunk * vocab_size * 4 bytes.
+        chunk: rows whose logits exist at one time, about 2 * chunk * vocab_size * 4 bytes; None: as `Head` says.
 
     Attributes:
         max_positions: longest text, generated tokens included.
@@ -95,7 +95,7 @@ class Engine:
         attention: AttentionRecipe | None,
         ring: Ring,
         *,
-        chunk: int = 512,
+        chunk: int | None = None,
     ) -> None:
         refuse(model.config, ring.world_size)
         check_rope(model)
@@ -175,7 +175,7 @@ class Engine:
         scores = []
         for rows, logits in self._head(hidden):
             wanted = labels[rows, None]
-            chosen = logits.gather(1, wanted)[:, 0] - logits.logsumexp(-1)
+            chosen = logits.log_softmax(-1).gather(1, wanted)[:, 0]
             scores.append(torch.stack([chosen, (logits.argmax(-1) == wanted[:, 0]).to(chosen.dtype)]))
         mine = torch.nn.functional.pad(torch.cat(scores, 1), (0, layout.local_len - hidden.shape[0]))
         whole = layout.unshard(self.ring.all_gather(mine), 1)[:, :-1].cpu()

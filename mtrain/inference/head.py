@@ -13,6 +13,9 @@ from sparse_kernels.reference import accumulation_dtype
 
 # Weights in bfloat16 are widened so many elements at a time, so that their float32 twin never exists whole.
 WIDEN_ELEMENTS = 1 << 24
+# Rows at a time on a GPU, and logits at a time on a CPU, where larger pieces leave the caches and take twice as long.
+ROWS = 512
+CPU_LOGITS = 1 << 22
 
 
 class Head:
@@ -20,15 +23,18 @@ class Head:
 
     Args:
         model: a transformers causal language model.
-        chunk: rows whose logits exist at one time.
+        chunk: rows whose logits exist at one time; None: 512, on a CPU fewer for a large vocabulary.
     """
 
-    def __init__(self, model: Any, chunk: int) -> None:
+    def __init__(self, model: Any, chunk: int | None = None) -> None:
         projection: Any = model.get_output_embeddings()
         if not isinstance(projection, nn.Linear) or getattr(projection, "bias", None) is not None:
             raise ModelError(
                 f"inference needs an output projection nn.Linear without bias, this model has {projection!r}"
             )
+        if chunk is None:
+            cpu = projection.weight.device.type == "cpu"
+            chunk = min(ROWS, max(1, CPU_LOGITS // projection.weight.shape[0])) if cpu else ROWS
         if chunk < 1:
             raise EvalError(f"chunk is a number of rows, at least 1; got {chunk}")
         self.projection, self.chunk = projection, chunk

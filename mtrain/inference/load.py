@@ -28,7 +28,7 @@ def load_engine(
     dtype: str = "auto",
     device: torch.device | str | None = None,
     tokenizer: str | None = None,
-    chunk: int = 512,
+    chunk: int | None = None,
 ) -> Engine:
     """Load a model for inference on this rank.
 
@@ -41,7 +41,7 @@ def load_engine(
         dtype: of weights and cache. auto: bfloat16 when the config says so, else float32.
         device: None: this process's CUDA device when there is one, else the CPU.
         tokenizer: a name that `mtrain.data.tokenizer.load_tokenizer` knows; None: the model's own.
-        chunk: rows whose logits exist at one time.
+        chunk: rows whose logits exist at one time; None: 512, on a CPU fewer for a large vocabulary.
 
     Raises:
         ModelError: a model that is missing, damaged or not supported.

@@ -14,6 +14,7 @@ from mtrain.comm import ProcessRing, Ring, SingleRing, run_ranks
 from mtrain.errors import EvalError
 from mtrain.inference.batches import PrefillBatch
 from mtrain.inference.cache import KeyValueCache
+from mtrain.patterns.plan import PATTERNS
 from mtrain.recipe.schema import AttentionRecipe
 from mtrain.topology import RingTopology
 from tests.mtrain.engines import answers, assert_same_answers, engine_of, ids_of, on_ranks
@@ -59,6 +60,15 @@ def test_ring_equals_one_process_in_float64(ranks, layout, schedule, attention, 
         assert_same_answers(got, want, 1e-10)
 
 
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_every_pattern(pattern: Any) -> None:
+    model, attention = model_of("llama", torch.float64), dataclasses.replace(SPARSE, pattern=pattern, block=16)
+    question = (ids_of(115), 8, places(115))
+    want = answers(engine_of(model, attention), *question)
+    for got in on_ranks(model, attention, 1, 3, *question):
+        assert_same_answers(got, want, 1e-10)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("attention", [None, SPARSE], ids=["dense", "sparse"])
 def test_ring_equals_one_process_in_float32(family: str, attention: AttentionRecipe | None) -> None:
@@ -101,7 +111,7 @@ def test_padding_asks_no_questions() -> None:
     assert_same_answers(quiet[0], answers(engine_of(model, attention), ids, 8, places(67)), 1e-5)
 
 
-def test_cache_stays_where_the_prefill_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_stays_where_the_prefill_left_it() -> None:
     """Decoding sends per layer and token one row [H, D + 1] and two numbers for the decision; each rank holds its share."""
     model, length, new = model_of("llama"), 70, 21
     caches: dict[int, KeyValueCache] = {}
@@ -130,7 +140,7 @@ def test_cache_stays_where_the_prefill_left_it(monkeypatch: pytest.MonkeyPatch) 
     assert max(held) - min(held) <= BLOCK + 1
 
 
-def test_rank_0_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_decides() -> None:
     """A rank whose logits differ (another device, another rounding) goes along, and only rank 0 is asked to stop."""
     model, ids = model_of("llama"), ids_of(40)
     want = engine_of(model, None).generate(ids, 30).tokens
