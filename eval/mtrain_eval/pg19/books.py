@@ -65,9 +65,15 @@ class Books:
             ids = self.named[number][1]
             if parts:
                 parts.append(between)
-                ids = ids[1:] if len(ids) and ids[0] == tokenizer.bos_token_id else ids
+                ids = ids[1:] if ids[:1] == tokenizer.bos_token_id else ids
             parts.append(ids)
         return np.concatenate(parts)
+
+    def seam(self, document: int) -> int:
+        """Tokens that a document adds when it follows another, beyond its own: the end token, less its start token."""
+        tokenizer = self.options.tokenizer
+        starts = bool(self.named[document][1][:1] == tokenizer.bos_token_id)
+        return int(tokenizer.eos_token_id is not None) - int(starts)
 
     def _read(self) -> Iterator[Document]:
         if self.files:

@@ -12,7 +12,7 @@ from mtrain_eval.sample import Figure
 from mtrain_eval.statistics import bootstrap_ratio, mean_figure
 
 LAST = 1024
-_LARGEST = 700.0  # exp of more is no float64
+_LARGEST = 300.0  # exp of more than 354 has no square in float64, and with it no standard error
 
 
 def nll_sums(logprobs: np.ndarray, scored_from: int = 1) -> dict[str, float]:
@@ -44,7 +44,7 @@ def nll_sums(logprobs: np.ndarray, scored_from: int = 1) -> dict[str, float]:
 
 
 def perplexity(nll: float, tokens: float) -> float:
-    """exp(nll / tokens), at most the largest that a float64 holds."""
+    """exp(nll / tokens), at most exp(300), so that figures stay finite."""
     return math.exp(min(nll / max(tokens, 1.0), _LARGEST))
 
 

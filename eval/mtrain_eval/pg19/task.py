@@ -101,13 +101,14 @@ class BooksWhole(BooksTask):
         if len(enough) >= _ENOUGH and length >= _SHORTEST:
             return [[number] for number in enough]
         pieces: list[list[int]] = []
-        open_piece: list[int] = []
+        piece: list[int] = []
+        size = 0
         for number in range(len(lengths)):
-            open_piece.append(number)
-            # Lengths add up to at least what joining gives, but for the start tokens that it drops; so look at the joined text.
-            if int(lengths[open_piece].sum()) >= length and len(self.books.join(open_piece)) >= length:
-                pieces.append(open_piece)
-                open_piece = []
+            size += int(lengths[number]) + (self.books.seam(number) if piece else 0)
+            piece.append(number)
+            if size >= length:
+                pieces.append(piece)
+                piece, size = [], 0
         if not pieces or length < _SHORTEST:
             raise DoesNotFitError(
                 f"{self.name}: all {len(lengths)} texts together are {int(lengths.sum())} tokens long, {length} were asked for; "
