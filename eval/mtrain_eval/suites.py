@@ -35,7 +35,7 @@ def make_tasks(suites: Sequence[str], options: SuiteOptions, only: Sequence[str]
     """All tasks of some suites, or only those named.
 
     Raises:
-        EvalError: an unknown suite or task.
+        EvalError: an unknown suite or task, or one whose data is not at hand.
     """
     made = [
         task for name in find_suites(suites) for task in importlib.import_module(f"mtrain_eval.{name}").tasks(options)
@@ -43,6 +43,12 @@ def make_tasks(suites: Sequence[str], options: SuiteOptions, only: Sequence[str]
     known = {task.name: task for task in made}
     for name in only:
         if name not in known:
+            for suite in find_suites(suites):
+                # A suite may know a task that it cannot make here and now, and say what it takes.
+                missing = getattr(importlib.import_module(f"mtrain_eval.{suite}"), "missing", None)
+                reason = missing(name, options) if missing else None
+                if reason:
+                    raise EvalError(reason)
             raise EvalError(f"unknown task {name!r}; {_nearest(name, known)}tasks: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(only)] if only else made
 

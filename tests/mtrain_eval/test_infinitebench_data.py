@@ -17,6 +17,7 @@ from mtrain_eval.infinitebench.data import Lines
 from mtrain_eval.infinitebench.prompts import frame
 from mtrain_eval.infinitebench.summary import AVERAGES, summarise
 from mtrain_eval.sample import DoesNotFitError, Figure, Prediction, SuiteOptions, Task
+from mtrain_eval.suites import make_tasks
 
 TOKENIZER = byte_tokenizer()
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x1csix"  # str.splitlines would cut here
@@ -167,7 +168,13 @@ def test_only_tasks_with_a_file_are_there(tmp_path: Path) -> None:
     options = write(tmp_path)
     for entry in ENTRIES[2:]:
         (tmp_path / "infinitebench" / f"{entry.split}.jsonl").unlink()
-    assert list(published(options)) == ["infinitebench_passkey", "infinitebench_number_string"]
+    assert [task.name.removeprefix("infinitebench_") for task in tasks(options)] == [
+        "passkey",
+        "number_string",
+        "twin_kv_retrieval",
+        "twin_code_run",
+        "twin_math_find",
+    ]
 
 
 def test_a_data_dir_without_the_files_says_what_to_download(tmp_path: Path) -> None:
@@ -182,6 +189,17 @@ def test_a_file_that_goes_away_says_where_to_put_it(tmp_path: Path) -> None:
     (tmp_path / "infinitebench" / "passkey.jsonl").unlink()
     with pytest.raises(EvalError, match="download .*/passkey.jsonl to .*infinitebench/passkey.jsonl"):
         task.count(4096)
+
+
+def test_asking_for_a_task_by_name_says_what_it_takes(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="code_debug.jsonl: download .* to DATA_DIR/infinitebench/code_debug.jsonl"):
+        make_tasks(["ruler", "infinitebench"], SuiteOptions(TOKENIZER), ["infinitebench_code_debug"])
+    with pytest.raises(EvalError, match="infinitebench_passkey has it; leave out --data-dir"):
+        make_tasks(["infinitebench"], write(tmp_path), ["infinitebench_twin_passkey"])
+    with pytest.raises(
+        EvalError, match="unknown task 'infinitebench_twin_pass'; did you mean 'infinitebench_twin_passkey'"
+    ):
+        make_tasks(["infinitebench"], SuiteOptions(TOKENIZER), ["infinitebench_twin_pass"])
 
 
 def test_online_fetches_one_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

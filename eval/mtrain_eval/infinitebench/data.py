@@ -96,8 +96,13 @@ def open_rows(options: SuiteOptions, entry: Entry) -> Lines:
         return Lines(local, entry)
     if options.online:
         return Lines(_fetched(entry), entry)
+    raise EvalError(where_from(options, entry))
+
+
+def where_from(options: SuiteOptions, entry: Entry) -> str:
+    """What to download for a task, and where to put it."""
     folder = Path(options.data_dir or "DATA_DIR") / FOLDER
-    raise EvalError(
+    return (
         f"{entry.name} needs {entry.split}.jsonl: download {_link(entry)} to {folder}/{entry.split}.jsonl and give "
         f"--data-dir {folder.parent}, or give --online"
     )

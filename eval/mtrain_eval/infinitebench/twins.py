@@ -40,6 +40,11 @@ _SIMPLE: dict[str, Callable[[Random, int], Maker]] = {
 _PROBES = 10  # samples measured to tell how short a sample can be: two of each depth of code_run
 
 
+def twin_name(split: str) -> str:
+    """Of the twin of a task."""
+    return f"infinitebench_twin_{split}"
+
+
 class TwinTask:
     """The twin of one task."""
 
@@ -47,7 +52,7 @@ class TwinTask:
     source = "synthetic"
 
     def __init__(self, options: SuiteOptions, split: str) -> None:
-        self.name = f"infinitebench_twin_{split}"
+        self.name = twin_name(split)
         self._options = options
         self._entry: Entry = BY_SPLIT[split]
         self._fewest, answer = RULES[split]
