@@ -11,7 +11,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from mtrain.data.tokenizer import byte_tokenizer
 from mtrain.errors import EvalError
@@ -20,6 +20,7 @@ from mtrain_eval.infinitebench.fitting import fill
 from mtrain_eval.infinitebench.haystacks import NOISE, sweep
 from mtrain_eval.sample import DoesNotFitError, Prediction, Sample, SuiteOptions, Task
 from mtrain_eval.tokens import count_tokens
+from tests.mtrain_eval.small_tokenizers import byte_bpe, piece_bpe
 
 SPLITS = ("passkey", "number_string", "kv_retrieval", "code_run", "math_find")
 # The longest that one more unit of haystack can be.
@@ -32,28 +33,9 @@ UNITS = {
 }
 
 
-def bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE of 600 tokens learnt from twins themselves, which puts a beginning token before every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    texts = [task.sample(2000, index).text for task in tasks(SuiteOptions(byte_tokenizer())) for index in range(3)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", core.token_to_id("<s>")), ("</s>", core.token_to_id("</s>"))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-
-
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
-    return {"bytes": byte_tokenizer(), "bpe": bpe_tokenizer()}
+    return {"bytes": byte_tokenizer(), "bpe": byte_bpe(), "pieces": piece_bpe()}
 
 
 def twin(tokenizer: PreTrainedTokenizerBase, split: str, seed: int = 0) -> Task:
@@ -122,11 +104,11 @@ def _key(sample: Sample) -> str:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", ["bytes", "bpe"])
+@pytest.mark.parametrize("name", ["bytes", "bpe", "pieces"])
 def test_length_depth_and_oracle(tokenizers: dict[str, PreTrainedTokenizerBase], name: str, split: str) -> None:
     tokenizer = tokenizers[name]
     task = twin(tokenizer, split)
-    for length, count in ((1000, 70), (1777, 10), (4096, 5)):
+    for length, count in ((1000, 50), (1777, 10), (4096, 4)):
         for index in range(count):
             check(task, split, task.sample(length, index), tokenizer)
 
@@ -229,7 +211,7 @@ def test_math_find_asks_its_seven_questions_in_turn(tokenizers: dict[str, PreTra
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", ["bytes", "bpe"])
+@pytest.mark.parametrize("name", ["bytes", "bpe", "pieces"])
 def test_shortest_length(tokenizers: dict[str, PreTrainedTokenizerBase], name: str, split: str) -> None:
     """Below some length no sample is made, from there on all are."""
     task = twin(tokenizers[name], split)
