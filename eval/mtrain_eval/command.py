@@ -210,11 +210,11 @@ def _conclude(config: EvalConfig, ring: Ring, outcome: Outcome) -> int:
     from mtrain_eval.agree import on_first
 
     def finish() -> None:
+        from mtrain_eval.html import terminal_report
         from mtrain_eval.results import finish as write_results
 
-        write_results(config.output, outcome.tasks)
-        table = config.output / "results.md"
-        print(table.read_text(encoding="utf-8") if table.exists() else f"results are in {config.output}", flush=True)
+        print(terminal_report(write_results(config.output, outcome.tasks)))
+        print(f"everything, with pictures and answers: {config.output / 'report.html'}", flush=True)
 
     on_first(ring, finish)
     if outcome.missing and ring.rank == 0:

@@ -49,7 +49,7 @@ class Side:
         return [row for row in self.results["samples"] if row["attention"] == self.attention]
 
 
-def compare(a: Path, b: Path, output: Path | None = None) -> str:
+def compare(a: Path, b: Path, *, output: Path | None = None) -> str:
     """Compare two runs; the markdown that says how they differ.
 
     Args:
@@ -71,11 +71,6 @@ def compare(a: Path, b: Path, output: Path | None = None) -> str:
         body = "\n".join(table_html(table) for part in parts for table in part)
         write_whole(output / "compare.html", page(f"Comparison: {titles[0]}", body))
     return text
-
-
-def terminal_tables(a: Path, b: Path) -> list[Table]:
-    """The same as tables."""
-    return [table for left, right in choose_sides(str(a), str(b)) for table in tables_of(left, right)]
 
 
 # --- what is compared with what ------------------------------------------------------------------------------------------
@@ -242,9 +237,11 @@ def _suite_table(a: Side, b: Side, changes: dict[tuple[str, int], Difference]) -
             table.rows.append(
                 [suite, short(length), *cells, _marked(percent_change(whole), whole), probability(whole.p)]
             )
-    stand_ins = [name for name, about in a.results["tasks"].items() if about["source"] == "synthetic"]
-    if stand_ins:
-        table.notes.append(f"on synthetic text, no benchmark's scores: {', '.join(stand_ins)}")
+    sources = [about["source"] for about in a.results["tasks"].values() if about["suite"] in SHARES]
+    if "synthetic" in sources:
+        table.notes.append(
+            f"{sources.count('synthetic')} of the {len(sources)} tasks are on synthetic text: no benchmark's scores"
+        )
     return table
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from mtrain_eval.compare import Side, tables_of
 from mtrain_eval.pictures import draw_all
 from mtrain_eval.results import Results, short
-from mtrain_eval.show import Table, markdown, numeric_columns
+from mtrain_eval.show import Table, markdown, numeric_columns, terminal
 from mtrain_eval.store import write_whole
 from mtrain_eval.tables import all_tables
 
@@ -44,6 +44,11 @@ def publish(output: Path, results: Results) -> list[Path]:
     images = {caption: (output / file).read_bytes() for file, caption in captions.items()}
     write_whole(output / "report.html", report(results, tables, images))
     return [output / name for name in ("results.md", "report.html", *captions)]
+
+
+def terminal_report(results: Results) -> str:
+    """What a run shows when it ends: its tables, and how the suites differ between two kinds of attention."""
+    return "\n".join(terminal(table) for table in [*all_tables(results), *paired_tables(results)[:1]])
 
 
 def paired_tables(results: Results) -> list[Table]:

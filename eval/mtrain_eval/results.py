@@ -172,7 +172,8 @@ def suite_summary(results: Results, attention: str, suite: str) -> dict[str, Any
 def label(suite: str, names: Sequence[str], synthetic: Sequence[str]) -> str:
     """What a mean over these tasks may be called."""
     if suite not in PUBLISHED:
-        return f"{suite}: mean of {len(names)} task{'s' * (len(names) != 1)}"
+        whole = f"{suite}: mean of {len(names)} task{'s' * (len(names) != 1)}"
+        return f"{whole}, {len(synthetic)} on synthetic text" if synthetic else whole
     title, size = PUBLISHED[suite]
     if synthetic:
         return f"{suite}-like, {len(synthetic)} of {len(names)} tasks on synthetic text: no {title} score"

@@ -5,6 +5,7 @@ Shares are shown times 100, with half the width of their 95 % interval.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from mtrain_eval.sample import Figure
 from mtrain_eval.statistics import Difference
 
 NOTHING = "-"
+NOTE_WIDTH = 110
 
 
 @dataclass
@@ -112,7 +114,8 @@ def terminal(table: Table) -> str:
     lines += [_aligned(row, widths, right) for row in table.rows]
     if table.total:
         lines.append(_sum_line(table.total, widths, right))
-    return "\n".join([*lines, *table.notes]) + "\n"
+    notes = [line for note in table.notes for line in textwrap.wrap(note, NOTE_WIDTH, subsequent_indent="  ")]
+    return "\n".join([*lines, *notes]) + "\n"
 
 
 def numeric_columns(table: Table) -> list[bool]:

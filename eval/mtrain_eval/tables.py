@@ -225,8 +225,8 @@ def heading(results: Results, length: int) -> str:
 
 def trained_positions(results: Results) -> int | None:
     """How far the model was trained, as the run knows it; None when it does not."""
-    training = results["run"].get("model", {}).get("training") or {}
-    found = training.get("seq_len")
+    model = results["run"].get("model", {})
+    found = (model.get("training") or {}).get("seq_len") or model.get("own_positions")
     return int(found) if found else None
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mtrain_eval.niah.prose_tasks import KamradtTask
 
-MAGIC = re.compile(r"One of the special magic \w+ for (\S+) is: (\S+)\.")
+MAGIC = re.compile(r"One of the special magic \w+ for (.+?) is: (\S+)\.")  # a word may have a space: "sea level"
 ASSIGNED = re.compile(r"VAR (\w+) = (?:VAR )?(\w+)")
 
 

@@ -162,7 +162,7 @@ def test_what_only_one_answered_is_listed(runs: Path, tmp_path: Path) -> None:
 
 
 def test_compare_writes_what_it_returns(runs: Path, tmp_path: Path) -> None:
-    text = compare(runs / "both", runs / "both", tmp_path / "out")
+    text = compare(runs / "both", runs / "both", output=tmp_path / "out")
     assert (tmp_path / "out" / "compare.md").read_text(encoding="utf-8") == text
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert page.count("<table>") == 4 and "<script" not in page

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mtrain.errors import EvalError
-from mtrain_eval.html import table_html
+from mtrain_eval.html import table_html, terminal_report
 from mtrain_eval.results import build, figure, finish, label, lengths, load_results, short
 from mtrain_eval.ruler.summary import TASKS as TASK_NAMES
 from mtrain_eval.sample import Figure
@@ -67,6 +67,8 @@ def test_an_average_has_the_benchmark_s_name_only_when_it_is_one() -> None:
     assert label("ruler", names, []) == "RULER average"
     assert label("ruler", names[:8], []) == "mean of 8 of 13 RULER tasks: no RULER score"
     assert label("ruler", names, ["t3"]).endswith("1 of 13 tasks on synthetic text: no RULER score")
+    assert label("niah", names[:1], []) == "niah: mean of 1 task"
+    assert label("niah", names[:3], names[:2]) == "niah: mean of 3 tasks, 2 on synthetic text"
     assert "no InfiniteBench score" in label("infinitebench", names[:5], names[:5])
 
 
@@ -162,6 +164,13 @@ def test_a_table_in_three_clothes() -> None:
     assert "<td>x|&lt;y&gt;\nz</td>" in table_html(table)
     lines = terminal(Table("t", ["name", "k", "n"], [["long name", "a", "10"]], ["sum", "", "3"])).splitlines()
     assert lines[2:] == ["name       k   n", "---------  -  --", "long name  a  10", "sum            3"]
+
+
+def test_what_a_terminal_shows(results: dict[str, Any]) -> None:
+    text = terminal_report(results)
+    titles = [line for line, under in zip(text.splitlines(), text.splitlines()[1:], strict=False) if under[:3] == "==="]
+    assert titles[0].startswith("niah") and titles[-1] == "sparse against dense: means of suites in %"
+    assert max(map(len, text.splitlines())) < 140 and "|" not in text
 
 
 class Page(HTMLParser):
