@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +238,7 @@ def test_an_oracle_has_all_pairs_right() -> None:
 )
 def test_the_number_is_looked_for_as_it_is(text: str, exact: int) -> None:
     task = task_of("niah_number")
-    sample = replace(task.sample(512, 0), targets=("1234567",))
+    sample = Sample("niah_number", 512, 0, np.zeros(1, dtype=np.int64), targets=("1234567",))
     assert task.score(sample, Prediction(text))["exact"] == exact
 
 

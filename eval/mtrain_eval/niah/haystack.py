@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mtrain.data.tokenizer import encode_texts
+from mtrain.data.tokenizer import encode_texts, is_byte_tokenizer
 from mtrain_eval.prose import split_sentences
 from mtrain_eval.tokens import encode_prompt
 
@@ -148,6 +148,8 @@ def _closed(beginning: str, end: str) -> str:
 
 def _sizes(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> np.ndarray:
     """int64 [sentences]: tokens of each with the space before it, counted in the running text."""
+    if is_byte_tokenizer(tokenizer):  # no need to look
+        return np.array([1 + len(sentence.encode()) for sentence in sentences], dtype=np.int64)
     text = " " + " ".join(sentences)
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     starts = np.sort(np.asarray([begin for begin, _ in spans], dtype=np.int64))
