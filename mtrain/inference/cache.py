@@ -38,8 +38,9 @@ class KeyValueCache:
         for store, x in ((self._keys, k), (self._values, v)):
             room = store[layer]
             if held == room.shape[1]:
-                room = torch.cat([room, torch.empty_like(room[:, :1]).expand(-1, max(held, 1), -1)], 1)
-                store[layer] = room
+                larger = room.new_empty(room.shape[0], max(2 * held, 1), room.shape[2])
+                larger[:, :held] = room
+                store[layer] = room = larger
             room[:, held] = x[0, 0]
         self._held[layer] = held + 1
 

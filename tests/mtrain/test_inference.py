@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mtrain.comm import SingleRing
 from mtrain.data.tokenizer import byte_tokenizer
 from mtrain.errors import EvalError, ModelError
 from mtrain.export import export_model
+from mtrain.inference import Engine, load_engine
 from mtrain.inference import batches as batches_module
 from mtrain.inference import head as head_module
-from mtrain.inference import load_engine
 from mtrain.inference.batches import attend_cached, merge_partial
 from mtrain.inference.cache import KeyValueCache
 from mtrain.layout import RingLayout
 from mtrain.models.attach import attach
 from sparse_kernels.reference import reference_attention
 from tests.mtrain.engines import answers, assert_same_answers, engine_of, ids_of
-from tests.mtrain.small_models import BLOCK, DENSE, FAMILIES, SPARSE, VOCAB, model_of
+from tests.mtrain.small_models import BLOCK, DENSE, FAMILIES, SPARSE, VOCAB, config_of, model_of
 
 NO_END = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -84,6 +85,14 @@ def test_warm_up_of_the_training_is_over() -> None:
     assert np.array_equal(first.logprobs, again.logprobs)  # every prompt has an estimate of its own
 
 
+def test_a_model_of_the_same_config_keeps_its_attention() -> None:
+    config = config_of("llama")
+    one, other = (AutoModelForCausalLM.from_config(config, attn_implementation="sdpa") for _ in range(2))
+    other.config = one.config
+    Engine(one, byte_tokenizer(), SPARSE, SingleRing())
+    assert other.config._attn_implementation == "sdpa"
+
+
 def test_end_tokens_and_stop() -> None:
     engine = engine_of(model_of("llama"), None)
     ids = ids_of(30)
@@ -109,8 +118,6 @@ def test_end_tokens_and_stop() -> None:
     ("generation", "config", "ends"), [([5, 7], 9, {5, 7}), (4, 9, {4}), (None, [9], {9}), (None, None, {258})]
 )
 def test_the_model_says_what_ends_a_text(generation: Any, config: Any, ends: set[int]) -> None:
-    from mtrain.inference import Engine
-
     model = model_of("llama")
     model.generation_config.eos_token_id, model.config.eos_token_id = generation, config
     assert Engine(model, byte_tokenizer(), None, SingleRing()).end_tokens == ends
@@ -209,9 +216,9 @@ def test_partial_attention_and_merge() -> None:
 
 def test_cache_grows_beyond_its_room(poisoned_empty: None) -> None:
     generator = torch.Generator().manual_seed(3)
-    for start in (0, 3):
+    for start, extra in ((0, 0), (0, 1), (3, 0), (3, 2)):
         k, v = torch.randn(2, 1, 20, 2, 4, generator=generator)
-        cache = KeyValueCache(extra=1)
+        cache = KeyValueCache(extra)
         cache.fill(1, k[:, :start], v[:, :start])
         for token in range(start, 20):
             cache.append(1, k[:, token : token + 1], v[:, token : token + 1])
