@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--outer", type=int, default=1, metavar="N", help="of a launch: nodes in the ring (default: %(default)s)"
     )
-    how.add_argument("--inner", type=int, metavar="N", help="of a launch: processes per node (default: all / outer)")
+    how.add_argument("--inner", type=int, metavar="N", help="of a launch: processes per node (default: all there are)")
     how.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S", help="seconds until a silent process is lost"
     )
@@ -64,6 +64,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--output", type=Path, metavar="DIR", help=f"(default: {OUTPUT}; with --compare: nowhere)")
     out.add_argument(
         "--no-resume", action="store_true", help="set an earlier run in DIR aside instead of going on with it"
+    )
+    out.add_argument(
+        "--official-lm-eval",
+        action="store_true",
+        help="run lm-eval's own RULER tasks instead of ours, unchanged; not comparable with RULER's table",
     )
     out.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="no evaluation: compare two finished runs"
@@ -84,20 +89,23 @@ def run(args: argparse.Namespace) -> int:
         print(compare(*args.compare, output=args.output))
         return 0
     config = make_config(args)
+    if args.official_lm_eval:
+        return _official(config)
     from datetime import timedelta
 
     from mtrain.parallel import join_processes, leave_processes
 
     timeout = timedelta(seconds=args.timeout)
     _, size, device = join_processes(timeout)
-    ring = make_ring(size, args.outer, args.inner, timeout)
+    rings = make_rings(size, args.replicas, args.outer, args.inner, timeout)
+    first = rings[1].rank == 0
     try:
-        outcome = _evaluate(args, config, ring, device)
+        outcome = _evaluate(args, config, rings, device)
     except KeyboardInterrupt:
-        if ring.rank == 0:
+        if first:
             print(f"\nstopped; every answer so far is in {config.output}, the same command goes on", file=sys.stderr)
         raise
-    code = _conclude(config, ring, outcome)
+    code = _conclude(config, rings[1], outcome)
     leave_processes()
     return code
 
@@ -146,25 +154,31 @@ def make_config(args: argparse.Namespace) -> EvalConfig:
     )
 
 
-def make_ring(size: int, outer: int, inner: int | None, timeout: Any) -> Ring:
-    """One ring over all processes of the launch.
+def make_rings(size: int, replicas: int, outer: int, inner: int | None, timeout: Any) -> tuple[Ring, Ring]:
+    """The ring of this process, and the ring of all processes of the launch (the same one without replicas).
 
     Raises:
-        LaunchError: outer x inner is another number.
+        LaunchError: replicas x outer x inner is another number than there are processes.
     """
     from mtrain.comm import ProcessRing, SingleRing
     from mtrain.topology import RingTopology
 
-    inner = inner if inner is not None else max(1, size // max(outer, 1))
-    if outer < 1 or inner < 1 or outer * inner != size:
+    inner = inner if inner is not None else max(1, size // max(outer * replicas, 1))
+    if min(replicas, outer, inner) < 1 or replicas * outer * inner != size:
         raise LaunchError(
-            f"--outer {outer} x --inner {inner} must be the {size} process(es) that are running; leave both out for a flat "
-            "ring, or start more with accelerate launch --num_processes"
+            f"--replicas {replicas} x --outer {outer} x --inner {inner} must be the {size} process(es) that are running; leave "
+            "them out for one flat ring, or start more with accelerate launch --num_processes"
         )
-    return SingleRing() if size == 1 else ProcessRing.create(RingTopology(outer, inner), timeout)
+    everyone = SingleRing() if size == 1 else ProcessRing.create(RingTopology(1, size), timeout)
+    topology = RingTopology(outer, inner)
+    if topology.world_size == 1:
+        return SingleRing(), everyone
+    if topology == RingTopology(1, size):
+        return everyone, everyone
+    return ProcessRing.create(topology, timeout), everyone
 
 
-def _evaluate(args: argparse.Namespace, config: EvalConfig, ring: Ring, device: Any) -> Outcome:
+def _evaluate(args: argparse.Namespace, config: EvalConfig, rings: tuple[Ring, Ring], device: Any) -> Outcome:
     from mtrain.data.tokenizer import load_tokenizer
     from mtrain.errors import DataError
     from mtrain.inference import load_engine
@@ -195,13 +209,19 @@ def _evaluate(args: argparse.Namespace, config: EvalConfig, ring: Ring, device: 
 
     return evaluate(
         config,
-        ring,
+        rings[0],
         load,
+        everyone=rings[1],
         tokenizer=tokenizer,
         positions=int(used.max_position_embeddings),
         command=" ".join(["mtrain", *sys.argv[1:]]),
         resume=not args.no_resume,
-        facts={"own_positions": int(own.max_position_embeddings), "device": str(device), "outer": args.outer},
+        facts={
+            "own_positions": int(own.max_position_embeddings),
+            "device": str(device),
+            "replicas": args.replicas,
+            "outer": args.outer,
+        },
     )
 
 
@@ -219,7 +239,7 @@ def _conclude(config: EvalConfig, ring: Ring, outcome: Outcome) -> int:
     on_first(ring, finish)
     if outcome.missing and ring.rank == 0:
         print(
-            f"{len(outcome.missing)} samples are missing, because a score was no finite number: the model's logits are broken "
+            f"{outcome.missing} samples are missing, because a score was no finite number: the model's logits are broken "
             "there; the same command asks them again",
             file=sys.stderr,
         )

@@ -1,5 +1,5 @@
-"""mtrain inside lm-evaluation-harness: a model that any of its tasks can use, and our suites as tasks that any of its models can use.
+"""mtrain inside lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
 
-`import mtrain_eval.harness.lm` registers the model ``mtrain``; `mtrain lm-eval ...` is the command line of lm-eval with it registered.
-https://github.com/EleutherAI/lm-evaluation-harness
+A model that any of its tasks can use (`lm`; importing it registers the name ``mtrain``), our suites as tasks that any of its models
+can use (`documents`, `yaml_files`), and its command line with both in it (`mtrain lm-eval`).
 """

@@ -1,6 +1,6 @@
 """lm-eval's own command line with the model `mtrain` registered.
 
-mtrain lm-eval run --model mtrain --model_args pretrained=DIR,attention=sparse --tasks ruler_4096 --include_path eval/tasks --limit 10
+mtrain lm-eval run --model mtrain --model_args pretrained=DIR,attention=sparse --include_path eval/tasks --tasks ruler_4096
 mtrain lm-eval ls tasks --include_path eval/tasks
 mtrain lm-eval write-tasks DIR --lengths 3K,6K          our tasks as lm-eval files, for any lengths
 

@@ -32,24 +32,24 @@ class Documents(Sequence[dict[str, Any]]):
     """The samples of one (task, length), made lazily; the newest few are kept, because lm-eval looks at the first one twice."""
 
     def __init__(self, task: Task, length: int, count: int, options: Mapping[str, Any]) -> None:
-        self.task, self.length, self.count, self.options = task, length, count, dict(options)
+        self.task, self.length, self.size, self.options = task, length, count, dict(options)
         self.features = dict.fromkeys(FIELDS)
         self.tokenizer = _tokenizer(self.options["tokenizer"])
         self._made = functools.lru_cache(maxsize=2)(self._make)
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.count))]
-        place = index + self.count if index < 0 else index
-        if not 0 <= place < self.count:
+            return [self[i] for i in range(*index.indices(self.size))]
+        place = index + self.size if index < 0 else index
+        if not 0 <= place < self.size:
             raise IndexError(index)
         return dict(self._made(place))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(self.count))
+        return (self[i] for i in range(self.size))
 
     def _make(self, index: int) -> dict[str, Any]:
         try:
@@ -97,9 +97,7 @@ def dataset(
     """
     name = tokenizer or pretrained
     if name is None:
-        raise EvalError(
-            f"{task}: lengths are counted in a model's tokens, say whose: --model_args pretrained=DIR (or tokenizer=DIR in --metadata)"
-        )
+        raise EvalError(f"{task}: lengths are counted in a model's tokens, say whose: pretrained=DIR in --model_args")
     options = {"tokenizer": str(name), "seed": int(seed), "data_dir": data_dir, "online": bool(online)}
     size = length if isinstance(length, int) else read_size(length, "length")
     found = _task(task, json.dumps(options, sort_keys=True))

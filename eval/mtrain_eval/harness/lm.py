@@ -33,7 +33,7 @@ BUDGETS = {"topk": ("columns", "slashes"), "coverage": ("p", "floor", "cap")}
 
 
 @register_model("mtrain")
-class MtrainLM(TemplateLM):  # type: ignore[misc]
+class MtrainLM(TemplateLM):
     """See the module docstring.
 
     Args (``--model_args``):
@@ -188,7 +188,7 @@ class MtrainLM(TemplateLM):  # type: ignore[misc]
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,
+                max_seq_len=self.max_length - 1,  # the last token of a window is read too
                 context_len=1,
             )
             totals.append(sum(self._continuation(*make_disjoint_window(window))[0] for window in windows))
@@ -227,7 +227,7 @@ def attention_of(pretrained: str, attention: str, recipe: str | None, keys: dict
             )
         if keys:
             raise EvalError(
-                f"attention={attention} takes no {', '.join(keys)}; name a pattern, such as attention=vertical_slash, to set its keys"
+                f"attention={attention} takes no {', '.join(keys)}; name a pattern (attention=vertical_slash) to set its keys"
             )
         config = EvalConfig(model=pretrained, lengths=(1,), attention=(attention,), recipe=recipe)
         return attention_recipes(config)[attention]

@@ -86,6 +86,8 @@ def _base(kind: str, text: str, target: str, scorer: str, metric: dict[str, obje
         "doc_to_target": target,
         "process_results": _Function(scorer),
         "num_fewshot": 0,
+        # Otherwise lm-eval would make all 500 samples to choose examples from, whatever --limit says.
+        "fewshot_config": {"samples": []},
         "metric_list": [metric],
         "metadata": {"version": VERSION},
     }
