@@ -23,10 +23,11 @@ COMMANDS = {
     "inspect": "print a recipe as it resolves: every value, the mesh, the layout, warnings",
     "verify": "prove on this machine that ring attention equals dense masked attention",
     "eval": "RULER, needle grids, InfiniteBench and PG-19 on a model, with dense or with its sparse attention",
+    "lm-eval": "lm-evaluation-harness with the model `mtrain` in it",
     "doctor": "print versions, devices and which attention backends can run here",
 }
 # By name only: evaluation is a package above this one, which never imports it.
-ELSEWHERE = {"eval": "mtrain_eval.command"}
+ELSEWHERE = {"eval": "mtrain_eval.command", "lm-eval": "mtrain_eval.harness.command"}
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -69,15 +70,13 @@ class _NotInstalled:
 
     def __init__(self, command: str) -> None:
         self.command = command
-        self.__doc__ = f"Not installed: pip install 'mtrain[{command}]'"
+        self.__doc__ = "Not installed: pip install 'mtrain[eval]'"
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("words", nargs=argparse.REMAINDER)
 
     def run(self, args: argparse.Namespace) -> NoReturn:
-        raise MtrainError(
-            f"mtrain {self.command} needs a package that is not installed: pip install 'mtrain[{self.command}]'"
-        )
+        raise MtrainError(f"mtrain {self.command} needs a package that is not installed: pip install 'mtrain[eval]'")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
