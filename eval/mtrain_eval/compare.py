@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from mtrain.errors import EvalError
 from mtrain_eval.fingerprint import differences
-from mtrain_eval.results import SHARES, Results, lengths, load_results, rows_of, short, suites, task_names
+from mtrain_eval.results import SHARES, Results, lengths, load_results, short, suites, task_names
 from mtrain_eval.show import Table, markdown, percent_change, percent_of, plain_change, probability
 from mtrain_eval.statistics import (
     Difference,
@@ -40,9 +41,17 @@ class Side:
     results: Results
     attention: str
 
-    def rows(self, task: str, length: int | None = None) -> list[dict[str, Any]]:
-        """Its stored rows of a task."""
-        return rows_of(self.results, self.attention, task, length)
+    @cached_property
+    def by_cell(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        """(task, length) -> its stored rows."""
+        cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in self.all_rows():
+            cells.setdefault((row["task"], row["length"]), []).append(row)
+        return cells
+
+    def rows(self, task: str, length: int) -> list[dict[str, Any]]:
+        """Its stored rows of a cell."""
+        return self.by_cell.get((task, length), [])
 
     def all_rows(self) -> list[dict[str, Any]]:
         """Its stored rows."""
@@ -60,16 +69,16 @@ def compare(a: Path, b: Path, *, output: Path | None = None) -> str:
     Raises:
         EvalError: a run cannot be read, the two have nothing in common, or they were asked different prompts.
     """
-    parts = [tables_of(left, right) for left, right in choose_sides(str(a), str(b))]
-    titles = [part[0].title for part in parts]
+    sides = choose_sides(str(a), str(b))
+    parts = [tables_of(left, right) for left, right in sides]
     text = "\n".join(markdown(table) for part in parts for table in part)
     if output is not None:
-        from mtrain_eval.html import page, table_html
+        # The page needs this module for the paired tables of a report.
+        from mtrain_eval.html import comparison_page
 
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "compare.md", text)
-        body = "\n".join(table_html(table) for part in parts for table in part)
-        write_whole(output / "compare.html", page(f"Comparison: {titles[0]}", body))
+        write_whole(output / "compare.html", comparison_page(sides, parts))
     return text
 
 
@@ -141,10 +150,9 @@ def require_same_prompts(a: Side, b: Side) -> None:
     Raises:
         EvalError: names a cell and, from the fingerprints, what differs: seed, tokenizer, data or versions.
     """
-    names = [name for name in a.results["tasks"] if name in b.results["tasks"]]
-    for name in names:
+    for cell in a.by_cell:
         try:
-            pair_rows(a.rows(name), b.rows(name))
+            pair_rows(a.rows(*cell), b.rows(*cell))
         except EvalError as error:
             ours, theirs = (side.results["run"].get("fingerprint", {}) for side in (a, b))
             found = [line for line in differences(theirs, ours) if line.startswith(PROMPTS)]

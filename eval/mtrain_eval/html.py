@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mtrain_eval.compare import Side, tables_of
-from mtrain_eval.pictures import draw_all
-from mtrain_eval.results import Results, short
+from mtrain_eval.pictures import View, as_png, draw_all, needle_map, needle_tasks, task_map
+from mtrain_eval.results import SHARES, Results, short, suites
 from mtrain_eval.show import Table, markdown, numeric_columns, terminal
 from mtrain_eval.store import write_whole
 from mtrain_eval.tables import all_tables
@@ -80,6 +80,26 @@ def report(results: Results, tables: Sequence[Table], images: Mapping[str, bytes
     parts += [_image(caption, data) for caption, data in images.items()]
     parts += [_failed(results), _about(results)]
     return page(report_title(results), "\n".join(parts))
+
+
+def comparison_page(sides: Sequence[tuple[Side, Side]], parts: Sequence[Sequence[Table]]) -> str:
+    """Tables and maps of comparisons, one pair of sides after the other."""
+    body = []
+    for (a, b), tables in zip(sides, parts, strict=True):
+        body += [table_html(table) for table in tables]
+        body += [_image(caption, data) for caption, data in compared_maps(a, b).items()]
+    return page(f"Comparison: {parts[0][0].title}", "\n".join(body))
+
+
+def compared_maps(a: Side, b: Side) -> dict[str, bytes]:
+    """Caption -> PNG with three panels: A, B and B - A."""
+    views = [View(f"A: {a.name}", a.results, a.attention), View(f"B: {b.name}", b.results, b.attention)]
+    if not any(suite in SHARES for suite in suites(a.results)):
+        return {}
+    both = [name for name in needle_tasks(a.results) if name in needle_tasks(b.results)]
+    maps = {f"{name}: length x depth of the needle": needle_map(a.results, name, views) for name in both}
+    maps["tasks x lengths"] = task_map(a.results, views)
+    return {caption: as_png(picture) for caption, picture in maps.items()}
 
 
 def page(title: str, body: str) -> str:

@@ -6,9 +6,10 @@ cell without a sample is hatched, never coloured.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,14 @@ HATCH = "////"
 DOTS = 110  # per inch
 # Rows that carry a depth without having been asked for one are sorted into so many bins.
 DEPTH_BINS = 10
+
+
+class View(NamedTuple):
+    """What one panel shows: one kind of attention of a run, under a name."""
+
+    name: str
+    results: Results
+    attention: str
 
 
 def draw_all(results: Results, output: Path) -> dict[str, str]:
@@ -40,10 +49,17 @@ def draw_all(results: Results, output: Path) -> dict[str, str]:
     return {file: caption for file, (_, caption) in drawn.items()}
 
 
+def as_png(picture: Any) -> bytes:
+    """A picture as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png", dpi=DOTS, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def save(picture: Any, path: Path) -> None:
     """Write a picture, whole or not at all; the same picture gives the same bytes."""
     temporary = path.with_name(f".{path.name}.new")
-    picture.savefig(temporary, format="png", dpi=DOTS, metadata={"Software": None})
+    temporary.write_bytes(as_png(picture))
     temporary.replace(path)
 
 
@@ -74,14 +90,15 @@ def depth_of_row(row: Mapping[str, Any]) -> float:
     return (min(int(row["depth"] * DEPTH_BINS), DEPTH_BINS - 1) + 0.5) / DEPTH_BINS
 
 
-def needle_map(results: Results, task: str) -> Any:
-    """Length across, depth downwards; a panel per attention, and one with the difference when there are two."""
-    grids = {attention: needle_grid(results, attention, task) for attention in results["attentions"]}
-    across = lengths_of(results, task)
+def needle_map(results: Results, task: str, views: Sequence[View] | None = None) -> Any:
+    """Length across, depth downwards; a panel per view (default: per attention), and their difference when there are two."""
+    views = own_views(results) if views is None else views
+    grids = {view.name: needle_grid(view.results, view.attention, task) for view in views}
+    across = sorted({length for view in views for length in lengths_of(view.results, task)})
     down = sorted({depth for grid in grids.values() for _, depth in grid})
     values = {
-        attention: np.array([[grid.get((length, depth), np.nan) for length in across] for depth in down])
-        for attention, grid in grids.items()
+        name: np.array([[grid.get((length, depth), np.nan) for length in across] for depth in down])
+        for name, grid in grids.items()
     }
     labels = [f"{100 * depth:.0f} %" for depth in down]
     return _panels(
@@ -89,19 +106,25 @@ def needle_map(results: Results, task: str) -> Any:
     )
 
 
-def task_map(results: Results) -> Any:
-    """Tasks downwards, lengths across, one panel per attention, and the difference when there are two."""
+def task_map(results: Results, views: Sequence[View] | None = None) -> Any:
+    """Tasks downwards, lengths across; panels as in `needle_map`. Tasks and lengths are those of the first view's run."""
+    views = own_views(results) if views is None else views
     names = [name for suite in suites(results) if suite in SHARES for name in task_names(results, suite)]
     across = sorted({length for suite in suites(results) if suite in SHARES for length in lengths(results, suite)})
     values = {}
-    for attention in results["attentions"]:
-        found = [[figure(results, attention, name, length) for length in across] for name in names]
-        values[attention] = np.array([[np.nan if one is None else one.value for one in row] for row in found])
+    for view in views:
+        found = [[figure(view.results, view.attention, name, length) for length in across] for name in names]
+        values[view.name] = np.array([[np.nan if one is None else one.value for one in row] for row in found])
     labels = [name + ("*" if results["tasks"][name]["source"] == "synthetic" else "") for name in names]
     title = "share of right answers in %" + (
         " (* synthetic text)" if any(label.endswith("*") for label in labels) else ""
     )
     return _panels(results, values, across, labels, title, "")
+
+
+def own_views(results: Results) -> list[View]:
+    """One per kind of attention of a run."""
+    return [View(attention, results, attention) for attention in results["attentions"]]
 
 
 def lengths_of(results: Results, task: str) -> list[int]:

@@ -260,8 +260,8 @@ def read_json(file: Path, expected: str) -> dict[str, Any]:
 
 def figure(results: Results, attention: str, task: str, length: int, metric: str | None = None) -> Figure | None:
     """One figure (the task's main metric unless another is named); None where there is none."""
-    cell = results["figures"].get(attention, {}).get(task, {}).get(str(length), {})
-    found = cell.get(metric or results["tasks"][task]["metric"])
+    cell = results["figures"].get(attention, {}).get(task, {}).get(str(length))
+    found = None if cell is None else cell.get(metric or results["tasks"][task]["metric"])
     return None if found is None else Figure(**found)
 
 

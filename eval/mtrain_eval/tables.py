@@ -42,7 +42,7 @@ def all_tables(results: Results) -> list[Table]:
             tables += suite_tables(results, suite)
         else:
             tables += perplexity_tables(results, suite)
-    tables += ruler_tables(results)
+    tables += ruler_tables(results) + infinitebench_tables(results)
     tables.append(cost_table(results))
     return tables
 
@@ -158,6 +158,22 @@ def _effective(found: dict[str, Any]) -> str:
     complete = [int(length) for length, count in found["tasks"].items() if count == PUBLISHED["ruler"][1]]
     tested = [length for length in complete if length >= 4096]
     return f"<{short(min(tested))}" if tested else NOTHING
+
+
+def infinitebench_tables(results: Results) -> list[Table]:
+    """The means over tasks that papers print, where all of their tasks were run on the published data."""
+    rows = [
+        [name, attention, *[percent(_figure(means.get(str(length)))) for length in lengths(results, "infinitebench")]]
+        for attention in results["attentions"]
+        for name, means in results["summary"][attention].get("infinitebench", {}).items()
+    ]
+    header = ["mean", "attention", *[heading(results, length) for length in lengths(results, "infinitebench")]]
+    notes = _beyond_note(results, lengths(results, "infinitebench"))
+    return [Table("InfiniteBench: means over tasks in %", header, rows, notes=notes)] if rows else []
+
+
+def _figure(found: dict[str, Any] | None) -> Figure | None:
+    return None if found is None else Figure(**found)
 
 
 def cost_table(results: Results) -> Table:

@@ -166,4 +166,8 @@ def test_compare_writes_what_it_returns(runs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "compare.md").read_text(encoding="utf-8") == text
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert page.count("<table>") == 4 and "<script" not in page
+    assert [text.split('"')[0] for text in page.split('<img alt="')[1:]] == [
+        "grid: length x depth of the needle",
+        "tasks x lengths",
+    ]
     assert compare(runs / "both", runs / "both") == text

@@ -11,6 +11,7 @@ import pytest
 
 from mtrain.errors import EvalError
 from mtrain_eval.html import table_html, terminal_report
+from mtrain_eval.infinitebench.catalogue import ENTRIES
 from mtrain_eval.results import build, figure, finish, label, lengths, load_results, short
 from mtrain_eval.ruler.summary import TASKS as TASK_NAMES
 from mtrain_eval.sample import Figure
@@ -127,6 +128,21 @@ def test_a_part_of_ruler_is_no_ruler_score(tmp_path: Path) -> None:
     assert layout.rows[0][-1] == "-" and any("Not all 13 tasks" in note for note in layout.notes)
     total = tables["ruler: share of right answers in %"].total
     assert total is not None and total[0] == "mean of 12 of 13 RULER tasks: no RULER score"
+
+
+def test_infinitebench_s_means(tmp_path: Path) -> None:
+    made = [HandTask(entry.name, "infinitebench", source="published") for entry in ENTRIES]
+    output = make_run(tmp_path / "run", ("dense",))
+    store = Store(output)
+    for task in made:
+        for index in range(10):
+            right = float(index < (8 if "longbook" in task.name else 6))
+            store.append(Cell("dense", task.name, 4096), row(task, 4096, index, right))
+    store.close()
+    tables = all_tables(build(json.loads((output / "run.json").read_text()), output, made))
+    (means,) = (table for table in tables if table.title == "InfiniteBench: means over tasks in %")
+    # longbook_{sum,qa,choice}_eng and longbook_qa_chn of 10, three of the same of 5
+    assert [line[2].split(" ")[0] for line in means.rows] == ["68.0", "72.0"]
 
 
 def test_many_lengths_are_broken_into_several_tables(tmp_path: Path) -> None:

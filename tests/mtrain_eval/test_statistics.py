@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from mtrain.errors import EvalError
 from mtrain_eval.sample import Figure
 from mtrain_eval.statistics import (
     bootstrap_ratio,
@@ -18,12 +20,9 @@ from mtrain_eval.statistics import (
     mean_figures,
     mean_of,
     paired_difference,
-    student_t,
-    student_t_share,
     wilson,
 )
-
-from mtrain.errors import EvalError
+from mtrain_eval.student import student_t, student_t_share
 
 
 def row(
