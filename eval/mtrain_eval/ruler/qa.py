@@ -10,6 +10,7 @@ from mtrain_eval.ruler.qa_data import HOTPOT, SQUAD, Question, Questions, check_
 from mtrain_eval.ruler.synthetic_qa import synthetic_questions
 from mtrain_eval.ruler.task import Draft, Plan, RulerTask
 from mtrain_eval.sample import SuiteOptions
+from mtrain_eval.tokens import count_tokens
 from mtrain_eval.upstream import constant
 
 PROBED = 500  # questions that are tried before a length counts as too short; RULER asks so many
@@ -28,8 +29,9 @@ class QuestionAnswering(RulerTask):
         super().__init__(options, name, max_new_tokens=32)
         self.data = {"qa_1": SQUAD, "qa_2": HOTPOT}[name]
         self.hops = {"qa_1": 1, "qa_2": 2}[name]
-        self._fitting: dict[int, list[int]] = {}  # length -> questions that fit, in order
-        self._probed: dict[int, int] = {}  # length -> questions looked at
+        self._needed: list[
+            int
+        ] = []  # tokens of the first questions with their own documents only, generated ones included
 
     @property
     def source(self) -> str:  # type: ignore[override]
@@ -55,7 +57,7 @@ class QuestionAnswering(RulerTask):
         known = self.questions()
         question, docs = known.questions[number], known.docs
         order = self._order(question, len(docs), length, index, attempt)
-        sizes = list(accumulate((len(docs[i].encode()) for i in order), initial=0))
+        sizes = list(accumulate((len(docs[i]) for i in order), initial=0))
 
         def build(units: int) -> Draft:
             rounds, rest = divmod(units, len(order))
@@ -64,7 +66,8 @@ class QuestionAnswering(RulerTask):
             return self._draft(known, number, [chosen[i] for i in shuffle.permutation(len(chosen))])
 
         smallest = len(question.gold)
-        price = len(self._encode(build(smallest))) / max(sizes[smallest], 1)
+        gold = "\n\n".join(docs[i] for i in question.gold)
+        price = count_tokens(self.options.tokenizer, gold) / max(len(gold), 1)
 
         def cost(units: int) -> float:
             rounds, rest = divmod(units, len(order))
@@ -89,19 +92,15 @@ class QuestionAnswering(RulerTask):
     def _number(self, length: int, index: int) -> int:
         """Number of the index-th question that fits; looks at no more of them than it must."""
         known = self.questions()
-        fitting = self._fitting.setdefault(length, [])
-        shortest: int | None = None
-        for number in range(self._probed.get(length, 0), len(known.questions)):
+        fitting: list[int] = []
+        for number in range(len(known.questions)):
             if len(fitting) > index or (number >= PROBED and not fitting):
                 break
-            gold = list(known.questions[number].gold)
-            needed = len(self._encode(self._draft(known, number, gold))) + self.max_new_tokens
-            self._probed[length] = number + 1
-            if needed <= length:
+            if number == len(self._needed):
+                gold = list(known.questions[number].gold)
+                self._needed.append(len(self._encode(self._draft(known, number, gold))) + self.max_new_tokens)
+            if self._needed[number] <= length:
                 fitting.append(number)
-            shortest = needed if shortest is None else min(shortest, needed)
         if not fitting:
-            self._probed.pop(length, None)
-            assert shortest is not None
-            raise self.too_short(length, shortest)
+            raise self.too_short(length, min(self._needed[:PROBED]))
         return fitting[index % len(fitting)]

@@ -29,7 +29,7 @@ _TEACHERS = (
     "Everything that mattered, {name} used to say, came from the lessons of {teacher}.",
 )
 _ENDINGS = (
-    "The {thing} that {name} built still stands, though it has been repaired more than once.",
+    "In the old house of {name} stands {thing}, though it has been repaired more than once.",
     "Late in life {name} gave away a large collection and kept only {thing}.",
     "Visitors are shown {thing}, the only belonging of {name} that was not sold.",
 )

@@ -20,6 +20,9 @@ from mtrain_eval.tokens import count_tokens, encode_prompt
 ATTEMPTS = 16  # other keys and words, when those drawn first are a token too long
 
 
+Join = Callable[[str, str], str]
+
+
 def plain(prompt: str, answer_prefix: str) -> str:
     """Prompt and beginning of the answer as one text: how base models are asked, and how RULER asks them."""
     return prompt + answer_prefix
@@ -66,25 +69,20 @@ class RulerTask(ABC):
         options: as for every suite.
         name: of the task without ``ruler_``.
         max_new_tokens: tokens that the answer may have; they are part of the length.
-        join: prompt and beginning of the answer -> text that the model gets. The place to put a chat template around the
-            prompt; whatever it adds counts as part of the length.
+
+    Attributes:
+        join: prompt and beginning of the answer -> text that the model gets; see `plain`.
     """
 
     suite = "ruler"
     metric = "string_match_all"
     source = "generated"
 
-    def __init__(
-        self,
-        options: SuiteOptions,
-        name: str,
-        max_new_tokens: int,
-        join: Callable[[str, str], str] = plain,
-    ) -> None:
+    def __init__(self, options: SuiteOptions, name: str, max_new_tokens: int) -> None:
         self.name = f"ruler_{name}"
         self.options = options
         self.max_new_tokens = max_new_tokens
-        self.join = join
+        self.join: Join = plain
 
     @abstractmethod
     def plan(self, length: int, index: int, attempt: int) -> Plan:
