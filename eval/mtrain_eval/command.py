@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from mtrain.errors import EvalError, LaunchError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mtrain.comm import Ring
     from mtrain_eval.config import EvalConfig
     from mtrain_eval.runner import Outcome
@@ -57,6 +59,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--outer", type=int, default=1, metavar="N", help="of a launch: nodes in the ring (default: %(default)s)"
     )
     how.add_argument("--inner", type=int, metavar="N", help="of a launch: processes per node (default: all there are)")
+    how.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of a launch: rings that share the samples out among them (default: %(default)s)",
+    )
     how.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S", help="seconds until a silent process is lost"
     )
@@ -178,9 +187,26 @@ def make_rings(size: int, replicas: int, outer: int, inner: int | None, timeout:
     return ProcessRing.create(topology, timeout), everyone
 
 
-def _evaluate(args: argparse.Namespace, config: EvalConfig, rings: tuple[Ring, Ring], device: Any) -> Outcome:
+def _official(config: EvalConfig) -> int:
+    """lm-eval's own tasks, under their own label."""
+    from mtrain_eval.harness.official import evaluate_official
+
+    if table := evaluate_official(config, _tokenizer(config)):
+        print(table, flush=True)
+    return 0
+
+
+def _tokenizer(config: EvalConfig) -> PreTrainedTokenizerBase:
     from mtrain.data.tokenizer import load_tokenizer
     from mtrain.errors import DataError
+
+    try:
+        return load_tokenizer(config.model)
+    except DataError as error:
+        raise EvalError(f"{error}; save the model's tokenizer beside it, prompts cannot be made without") from None
+
+
+def _evaluate(args: argparse.Namespace, config: EvalConfig, rings: tuple[Ring, Ring], device: Any) -> Outcome:
     from mtrain.inference import load_engine
     from mtrain.models.build import load_config
     from mtrain.models.rope import override_rope
@@ -191,10 +217,6 @@ def _evaluate(args: argparse.Namespace, config: EvalConfig, rings: tuple[Ring, R
     find_suites(config.suites)  # a slip of the keyboard is said before anything is read
     own = load_config(ModelRecipe(path=config.model))
     used = override_rope(own, config.rope, config.max_positions)
-    try:
-        tokenizer = load_tokenizer(config.model)
-    except DataError as error:
-        raise EvalError(f"{error}; save the model's tokenizer beside it, prompts cannot be made without") from None
 
     def load(config: EvalConfig, recipe: Any, ring: Ring) -> Any:
         return load_engine(
@@ -212,7 +234,7 @@ def _evaluate(args: argparse.Namespace, config: EvalConfig, rings: tuple[Ring, R
         rings[0],
         load,
         everyone=rings[1],
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(config),
         positions=int(used.max_position_embeddings),
         command=" ".join(["mtrain", *sys.argv[1:]]),
         resume=not args.no_resume,

@@ -1,7 +1,8 @@
 """The loop: every attention, length, task and sample that is not on disk yet is asked, scored and stored.
 
-All ranks of the ring walk through the same plan, which the first rank makes from what is stored; only that rank touches files.
-Every sample is made on every rank from its seeds and compared, so no rank can wait for the others in another question.
+All ranks of a ring walk through the same plan, which the first rank makes from what is stored; only that rank touches files.
+Every sample is made on every rank from its seeds and compared, so no rank can wait for the others in another question. Several
+rings (replicas) deal the cells out among them; the first rank of each writes its own cells.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mtrain.comm import Ring
-from mtrain.errors import EvalError
+from mtrain.errors import EvalError, MtrainError
 from mtrain.recipe.schema import AttentionRecipe
 from mtrain_eval import run_directory
-from mtrain_eval.agree import on_all, on_first
+from mtrain_eval.agree import describe, on_all, on_first
 from mtrain_eval.ask import EngineLike, all_finite, ask, check_sample, make_row, prompt_sha256
 from mtrain_eval.config import EvalConfig, attention_recipes
 from mtrain_eval.progress import Progress, say
@@ -44,6 +47,11 @@ class CellPlan:
     stored: dict[int, str]
     own: int | None
 
+    @property
+    def tokens(self) -> int:
+        """Of all samples to ask: what the cell costs, roughly."""
+        return self.cell.length * len(self.pending)
+
 
 @dataclass
 class Outcome:
@@ -59,7 +67,7 @@ class Outcome:
     tasks: list[Task]
     asked: int = 0
     stored: int = 0
-    missing: list[tuple[Cell, int]] = field(default_factory=list)
+    missing: int = 0
 
 
 def evaluate(
@@ -72,8 +80,9 @@ def evaluate(
     command: str = "",
     resume: bool = True,
     facts: Mapping[str, Any] | None = None,
+    everyone: Ring | None = None,
 ) -> Outcome:
-    """Ask everything that is not stored yet; every rank of the ring makes this call.
+    """Ask everything that is not stored yet; every rank makes this call.
 
     Args:
         config: what.
@@ -84,6 +93,7 @@ def evaluate(
         command: as typed, for the record.
         resume: False: an earlier run in the same directory is set aside.
         facts: for the record.
+        everyone: the ranks of several such rings (replicas), which deal the cells out among them; None: the ring is alone.
 
     Raises:
         EvalError: a suite, task, length or attention that cannot be, another run in the directory, data that is missing.
@@ -97,7 +107,8 @@ def evaluate(
         check_lengths(config.lengths, positions)
         return _number(json.dumps(config.to_dict(), sort_keys=True)), ""
 
-    on_all(ring, start)
+    everyone = everyone or ring
+    on_all(everyone, start)
     tasks: list[Task] = made["tasks"]
     store = Store(config.output, say)
     with contextlib.ExitStack() as stack:
@@ -106,18 +117,43 @@ def evaluate(
         def open_directory() -> None:
             run_directory.prepare(config.output, resume, say)
             stack.enter_context(locked(config.output))
-            known = {"positions": positions, "ranks": ring.world_size, **(facts or {})}
+            known = {"positions": positions, "ranks": everyone.world_size, **(facts or {})}
             run_directory.open_run(config, made["recipes"], tasks, command=command, facts=known, say=say)
 
-        on_first(ring, open_directory)
-        found, stored = on_first(ring, lambda: make_plan(config, tasks, store))
+        on_first(everyone, open_directory)
+        found, stored = on_first(everyone, lambda: make_plan(config, tasks, store))
         plans = [
             CellPlan(Cell(*cell), pending, {int(index): sha for index, sha in hashes.items()}, own)
             for cell, pending, hashes, own in found
         ]
-        runner = Runner(config, ring, store, tasks)
-        runner.run(plans, load, made["recipes"])
-    return Outcome(tasks, runner.asked, stored, runner.missing)
+        replica, replicas = everyone.rank // ring.world_size, everyone.world_size // ring.world_size
+        runner, trouble = Runner(config, ring, store, tasks, show=everyone.rank == 0), None
+        try:
+            runner.run(deal(plans, replicas)[replica], load, made["recipes"])
+        except MtrainError as error:
+            if replicas == 1:
+                raise
+            trouble = describe(error)  # the other replicas are told when they have done their share
+        if replicas > 1:
+            on_all(everyone, lambda: (0, ""), trouble)
+        mine = [runner.asked, runner.missing] if ring.rank == 0 else [0, 0]
+        asked, missing = everyone.all_reduce(torch.tensor(mine)).tolist()
+    return Outcome(tasks, asked, stored, missing)
+
+
+def deal(plans: Sequence[CellPlan], replicas: int) -> list[list[CellPlan]]:
+    """The cells of each replica, in the order of the plan and with about the same number of tokens for all.
+
+    A cell is never divided: its file has one writer.
+    """
+    shares: list[list[CellPlan]] = [[] for _ in range(replicas)]
+    load = [0] * replicas
+    for plan in sorted(plans, key=lambda plan: -plan.tokens):
+        lightest = load.index(min(load))
+        shares[lightest].append(plan)
+        load[lightest] += plan.tokens
+    order = {plan.cell: number for number, plan in enumerate(plans)}
+    return [sorted(share, key=lambda plan: order[plan.cell]) for share in shares]
 
 
 def check_lengths(lengths: Sequence[int], positions: int) -> None:
@@ -181,11 +217,10 @@ class Runner:
         missing: samples without a row.
     """
 
-    def __init__(self, config: EvalConfig, ring: Ring, store: Store, tasks: Sequence[Task]) -> None:
-        self.config, self.ring, self.store = config, ring, store
+    def __init__(self, config: EvalConfig, ring: Ring, store: Store, tasks: Sequence[Task], *, show: bool) -> None:
+        self.config, self.ring, self.store, self.show = config, ring, store, show
         self.tasks = {task.name: task for task in tasks}
-        self.asked = 0
-        self.missing: list[tuple[Cell, int]] = []
+        self.asked, self.missing = 0, 0
         self._trouble: str | None = None  # of the first rank's files; told to all with the next sample
         self._progress = Progress(False, 0)
 
@@ -195,7 +230,7 @@ class Runner:
         Raises:
             EvalError: on all ranks alike; what was answered before is stored.
         """
-        self._progress = Progress(self.ring.rank == 0, sum(plan.cell.length * len(plan.pending) for plan in plans))
+        self._progress = Progress(self.show, sum(plan.tokens for plan in plans))
         try:
             for attention in self.config.attention:
                 mine = [plan for plan in plans if plan.cell.attention == attention]
@@ -230,7 +265,7 @@ class Runner:
             if all_finite(row["scores"]):
                 self._append(cell, row)
             else:
-                self.missing.append((cell, index))
+                self.missing += 1
                 self._say(f"{cell.attention} {cell.task} {cell.length}, sample {index}: {row['scores']}; not stored")
             self._progress.advance(cell.length)
 

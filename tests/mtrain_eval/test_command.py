@@ -190,6 +190,9 @@ def test_two_processes_equal_one(model: Path, tmp_path: Path, fake_suite: None) 
                 assert a.pop("scores") == pytest.approx(b.pop("scores"), rel=1e-5)
             assert a == b
     assert json.loads((tmp_path / "two/run.json").read_text())["model"]["ranks"] == 2
+    halves = ["--replicas", "2", "--output", str(tmp_path / "halves")]
+    assert run_processes(launched, 2, tmp_path / "replicas", [*words, *halves]) == [0, 0]
+    assert rows_in(tmp_path / "halves") == rows_in(tmp_path / "one")  # nothing is split, so nothing is rounded otherwise
     refused = run_processes(
         launched, 2, tmp_path / "again", [*words, "--seed", "1", "--output", str(tmp_path / "two")], timeout=20
     )

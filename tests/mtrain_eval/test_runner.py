@@ -15,6 +15,7 @@ from mtrain.comm import Ring, run_ranks
 from mtrain.errors import EvalError, LaunchError
 from mtrain_eval import runner
 from mtrain_eval.ask import cut, make_stop, prompt_sha256
+from mtrain_eval.runner import CellPlan, deal
 from mtrain_eval.sample import Sample, SuiteOptions
 from mtrain_eval.store import ROW_KEYS, Cell, Store, locked
 from tests.mtrain_eval.fakes import WORDS, FakeTask, config_of, fake_suite, rows_in, run_fake
@@ -249,7 +250,7 @@ def test_scores_that_are_no_number_are_missing(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(FakeTask, "score", lambda task, sample, _: {"right": [1, float("nan")][sample.index == 2]})
         outcome = run_fake(config)
-    assert outcome.missing == [(Cell("dense", "fake_code", 100), 2), (Cell("dense", "fake_code", 300), 2)]
+    assert outcome.missing == 2  # one in each cell
     assert [row["index"] for row in rows_in(config.output)["dense/fake_code/300.jsonl"]] == [0, 1, 3]
     assert run_fake(config).asked == 2
 
@@ -299,6 +300,52 @@ def test_ranks_equal_one(tmp_path: Path, inner: int) -> None:
     config = replace(config, output=tmp_path / "ring")
     outcomes = run_ranks(lambda ring: run_fake(config, ring), inner=inner)
     assert [outcome.asked for outcome in outcomes] == [alone.asked] * inner and rows_in(config.output) == want
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_equal_one(tmp_path: Path, replicas: int) -> None:
+    config = config_of(tmp_path, limit=3)
+    alone = run_fake(config)
+    want = rows_in(config.output)
+    config = replace(config, output=tmp_path / "replicas")
+    outcomes = run_ranks(lambda ring: run_fake(config, everyone=ring), inner=replicas)
+    assert [outcome.asked for outcome in outcomes] == [alone.asked] * replicas and rows_in(config.output) == want
+    outcomes = run_ranks(lambda ring: run_fake(config, everyone=ring), inner=replicas)
+    assert [(outcome.asked, outcome.stored) for outcome in outcomes] == [(0, alone.asked)] * replicas
+
+
+def test_cells_are_dealt_out_evenly_and_whole() -> None:
+    plans = [CellPlan(Cell("dense", f"t{n}", 100 * (n % 7 + 1)), list(range(n % 3 + 1)), {}, None) for n in range(40)]
+    shares = deal(plans, 3)
+    assert sorted(plan.cell for share in shares for plan in share) == sorted(plan.cell for plan in plans)
+    costs = [sum(plan.tokens for plan in share) for share in shares]
+    assert max(costs) - min(costs) <= 100
+    assert all(share == sorted(share, key=plans.index) for share in shares)
+    assert deal(plans[:1], 2) == [plans[:1], []]
+
+
+def test_what_ends_one_replica_ends_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FakeTask.sample
+
+    def sample(task: FakeTask, length: int, index: int) -> Sample:
+        if (task.name, length, index) == ("fake_next", 300, 1):
+            raise EvalError("no such book")
+        return real(task, length, index)
+
+    monkeypatch.setattr(FakeTask, "sample", sample)
+    config = config_of(tmp_path, attention=("dense",))
+
+    def work(ring: Ring) -> str:
+        with pytest.raises(EvalError) as caught:
+            run_fake(config, everyone=ring)
+        return str(caught.value)
+
+    errors = run_ranks(work, inner=2, timeout=20)
+    assert errors[0] == errors[1] and "no such book" in errors[0]
+    monkeypatch.setattr(FakeTask, "sample", real)
+    run_fake(config)
+    run_fake(replace(config, output=tmp_path / "whole"))
+    assert rows_in(config.output) == rows_in(tmp_path / "whole")
 
 
 def errors_of_ranks(config: Any, **options: Any) -> list[str]:

@@ -69,7 +69,7 @@ class MtrainLM(TemplateLM):
         super().__init__()
         from mtrain.inference import load_engine
         from mtrain.parallel import join_processes
-        from mtrain_eval.command import make_ring
+        from mtrain_eval.command import make_rings
 
         _check_batch(more.pop("batch_size", 1), more.pop("max_batch_size", None))
         wanted_device = more.pop("device", None)
@@ -80,7 +80,7 @@ class MtrainLM(TemplateLM):
             wanted_device is not None and place.type == "cuda" and size == 1
         ):  # lm-eval says cuda also where there is none
             place = torch.device(wanted_device)
-        self.ring = make_ring(size, outer, inner, limit)
+        self.ring, _ = make_rings(size, 1, outer, inner, limit)
         self.engine = load_engine(
             pretrained,
             self.attention,
