@@ -83,10 +83,9 @@ class Haystack:
         chosen = [self.sentences[(start + i) % len(self.sentences)] for i in range(count)]
         sizes = self.sizes[(start + np.arange(count)) % len(self.sentences)].tolist()
         piece = self._piece(start + count, left)
-        if piece:  # in the half that the needle is not in: depth 0 and 1 stay the very start and end
-            place = 0 if depth >= 0.5 else count
-            chosen.insert(place, piece)
-            sizes.insert(place, left)
+        if piece:
+            chosen.append(piece)
+            sizes.append(left)
         edges = np.concatenate([[0], np.cumsum(sizes)])
         cut = int(np.abs(edges - depth * edges[-1]).argmin()) if 0 < depth < 1 else int(depth) * len(chosen)
         before = frame.head + " ".join(chosen[:cut])
