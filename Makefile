@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart eval-quick test test-cpu test-interpret test-compile check lint format gpu sanitize exactness bench clean
+.PHONY: help env quickstart eval-quick test test-cpu test-interpret test-compile check lint format gpu sanitize exactness bench parity clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ exactness: env ## print the exactness matrix: every pattern, layout, schedule an
 bench: env ## print the benchmarks: CPU kernels against dense attention, and the balancer
 	$(BIN)/python scripts/bench_cpu.py
 	$(BIN)/python scripts/bench_balance.py
+
+parity: env ## the published experiment in small: dense, sparse and control attention, trained and evaluated (an hour on 2 cores)
+	$(BIN)/python -m scripts.parity --write
 
 clean: ## remove what can be made again, the environment excepted
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

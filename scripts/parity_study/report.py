@@ -115,8 +115,8 @@ def _setting(found: Results, command: str) -> list[str]:
 
 def _main_table(found: Results) -> list[str]:
     head = "| trained with | density | right, own attention | right, dense attention | own minus dense twin (points) "
-    head += "| held-out recall loss, own | held-out copy loss, own | CPU-s to train |"
-    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    head += "| held-out loss, own | CPU-s to train |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
     for method in METHODS:
         if not over_seeds(found, method, lambda _: 0.0):
             continue
@@ -130,8 +130,7 @@ def _main_table(found: Results) -> list[str]:
             _percent(over_seeds(found, method, score(method))),
             _percent(over_seeds(found, method, score("dense"))),
             difference,
-            _mean(own("retrieval_loss"), "{:.3f}"),
-            _mean(own("copy_loss"), "{:.3f}"),
+            _mean(own("held_out_loss"), "{:.3f}"),
             _mean(over_seeds(found, method, lambda result: result["train_cpu_s"]), "{:.0f}", spread=False),
         ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
