@@ -48,12 +48,12 @@ def main() -> int:
 def make(runs: Path, seeds: list[int], workers: int) -> None:
     """All (seed, method), the first seed's first; the next seed is warmed up meanwhile."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        warm = {seeds[0]: pool.submit(warm_start, runs, seeds[0])}
+        warm = {seeds[0]: pool.submit(warm_start, runs, seeds[0], EXAM)}
         for place, seed in enumerate(seeds):
             warm[seed].result()
             jobs = {pool.submit(run_method, runs, seed, method, EXAM): method for method in METHODS}
             for following in seeds[place + 1 : place + 2]:
-                warm[following] = pool.submit(warm_start, runs, following)
+                warm[following] = pool.submit(warm_start, runs, following, EXAM)
             for job, method in jobs.items():
                 job.result()
                 print(f"seed {seed}: {method} is there", flush=True)

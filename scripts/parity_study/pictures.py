@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scripts.parity_study.methods import METHODS, SEQ_LEN
 
 Results = Mapping[tuple[int, str], dict[str, Any]]
@@ -69,7 +71,7 @@ def _lines(found: Results) -> Any:
             axes.plot(*_curve(runs, lambda line, key=key: line.get(key)), **style)
         panels[2].plot(*_curve(runs, lambda line: _missing(line, -1)), **style)
         buckets = _by_distance(runs)
-        panels[3].plot([2**n for n in range(len(buckets))], buckets, marker=".", **style)
+        panels[3].plot(np.exp2(np.arange(len(buckets))), buckets, marker=".", **style)
     for axes, title in zip(
         panels,
         (
@@ -85,7 +87,8 @@ def _lines(found: Results) -> Any:
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)
         axes.set_xlabel("step", fontsize=8)
-    panels[3].set_xscale("log", base=2)
+    if any(line.get_xdata().size for line in panels[3].lines):
+        panels[3].set_xscale("log", base=2)
     panels[3].set_xlabel("tokens between query and key", fontsize=8)
     panels[0].legend(fontsize=6)
     return figure

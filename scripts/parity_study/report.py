@@ -22,6 +22,7 @@ from scripts.parity_study.methods import (
     STEPS,
     WARMUP,
 )
+from scripts.parity_study.work import WARM
 
 Results = Mapping[tuple[int, str], dict[str, Any]]
 FAR = "256..511"
@@ -95,7 +96,7 @@ def _setting(found: Results, command: str) -> list[str]:
     exam = next(iter(found.values()))["asked"]["exam"]
     count = {method: len(over_seeds(found, method, lambda _: 0.0)) for method in METHODS}
     missing = [f"{method} ({n})" for method, n in count.items() if n < len(seeds)]
-    cpu = sum(result["cpu_s"] for result in found.values())
+    cpu = sum(result.get("cpu_s", 0.0) for result in found.values())
     return [
         f"`{command}`; seeds {', '.join(map(str, seeds))}"
         + (f" (fewer seeds so far: {', '.join(missing)})" if missing else "")
@@ -117,6 +118,13 @@ def _main_table(found: Results) -> list[str]:
     head = "| trained with | density | right, own attention | right, dense attention | own minus dense twin (points) "
     head += "| held-out loss, own | CPU-s to train |"
     lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
+    warm = over_seeds(found, WARM, score("dense"))
+    if warm:
+        loss = over_seeds(found, WARM, lambda result: result["evaluations"]["dense"]["held_out_loss"])
+        difference = _signed(difference_to_dense(found, WARM, "dense"))
+        lines.append(
+            f"| {WARM} | 1.00 | {_percent(warm)} | {_percent(warm)} | {difference} | {_mean(loss, '{:.3f}')} | |"
+        )
     for method in METHODS:
         if not over_seeds(found, method, lambda _: 0.0):
             continue
@@ -195,18 +203,16 @@ def _training_table(found: Results) -> list[str]:
         def logged(key: Callable[[dict[str, Any]], float], method: str = method) -> list[float]:
             def mean(result: dict[str, Any]) -> float:
                 values = [key(line) for line in result["lines"] if line["step"] > WARMUP and line.get("reach")]
-                return sum(values) / len(values)
+                return sum(values) / len(values) if values else math.nan
 
             return over_seeds(found, method, mean)
 
         def recall(place: int, method: str = method) -> list[float]:
-            return over_seeds(
-                found,
-                method,
-                lambda result: [
-                    line["recall"] for line in result["lines"] if line["step"] > WARMUP and "recall" in line
-                ][place],
-            )
+            def at(result: dict[str, Any]) -> float:
+                values = [line["recall"] for line in result["lines"] if line["step"] > WARMUP and "recall" in line]
+                return values[place] if values else math.nan
+
+            return over_seeds(found, method, at)
 
         cells = [
             _mean(recall(0), "{:.2f}", spread=False),
