@@ -16,7 +16,7 @@ from mtrain.data.documents import open_hf
 from mtrain.errors import DataError, EvalError
 from mtrain_eval.sample import SuiteOptions
 from mtrain_eval.seeds import sample_rng
-from mtrain_eval.texts import read_texts, text_files
+from mtrain_eval.texts import read_texts, texts_of
 
 ESSAYS = "paul_graham_essays"
 _HUB = "baber/paul_graham_essays"
@@ -97,8 +97,23 @@ def _sentence(draws: list[int]) -> str:
 
 
 def essay_source(options: SuiteOptions) -> str:
-    """``published`` when `load_essays` will return the essays, ``synthetic`` when it will make them up; reads no text."""
+    """``published`` when `load_essays` will return the essays, ``synthetic`` when it will make them up; reads no text.
+
+    Raises:
+        EvalError: a folder of essays without any.
+    """
     return "published" if _files(options) or options.online else "synthetic"
+
+
+def missing_essays(options: SuiteOptions) -> str | None:
+    """What is missing in a data directory that was given, and what to do; None: nothing is, or none was given."""
+    if options.data_dir is None or essay_source(options) == "published":
+        return None
+    return (
+        f"no essays in {Path(options.data_dir) / ESSAYS}: put PaulGrahamEssays.json of NVIDIA/RULER "
+        f"(scripts/data/synthetic/json), or the essays as .txt files, there; or give --online to fetch {_HUB}; or leave out "
+        "--data-dir for made-up prose"
+    )
 
 
 def load_essays(options: SuiteOptions) -> tuple[list[str], str]:
@@ -134,7 +149,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _files(options: SuiteOptions) -> list[Path]:
-    return text_files(Path(options.data_dir) / ESSAYS) if options.data_dir is not None else []
+    return texts_of(options, ESSAYS, "the essays")
 
 
 @lru_cache(maxsize=2)

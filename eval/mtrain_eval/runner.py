@@ -26,7 +26,7 @@ from mtrain_eval.config import EvalConfig, attention_recipes
 from mtrain_eval.progress import Progress, say
 from mtrain_eval.sample import DoesNotFitError, Sample, SuiteOptions, Task
 from mtrain_eval.store import DOES_NOT_FIT, Cell, Store, locked
-from mtrain_eval.suites import make_tasks
+from mtrain_eval.suites import make_tasks, stand_in_notes
 
 LoadEngine = Callable[[EvalConfig, AttentionRecipe | None, Ring], EngineLike]
 
@@ -102,8 +102,8 @@ def evaluate(
 
     def start() -> tuple[int, str]:
         made["recipes"] = attention_recipes(config)
-        options = SuiteOptions(tokenizer, config.seed, config.data_dir, config.online)
-        made["tasks"] = make_tasks(config.suites, options, config.tasks)
+        made["options"] = SuiteOptions(tokenizer, config.seed, config.data_dir, config.online)
+        made["tasks"] = make_tasks(config.suites, made["options"], config.tasks)
         check_lengths(config.lengths, positions)
         return _number(json.dumps(config.to_dict(), sort_keys=True)), ""
 
@@ -119,6 +119,8 @@ def evaluate(
             stack.enter_context(locked(config.output))
             known = {"positions": positions, "ranks": everyone.world_size, **(facts or {})}
             run_directory.open_run(config, made["recipes"], tasks, command=command, facts=known, say=say)
+            for note in stand_in_notes(tasks, made["options"]):
+                say(note)
 
         on_first(everyone, open_directory)
         found, stored = on_first(everyone, lambda: make_plan(config, tasks, store))

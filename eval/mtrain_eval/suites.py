@@ -37,20 +37,35 @@ def make_tasks(suites: Sequence[str], options: SuiteOptions, only: Sequence[str]
     Raises:
         EvalError: an unknown suite or task, or one whose data is not at hand.
     """
-    made = [
-        task for name in find_suites(suites) for task in importlib.import_module(f"mtrain_eval.{name}").tasks(options)
-    ]
+    modules = [importlib.import_module(f"mtrain_eval.{name}") for name in find_suites(suites)]
+    made = [task for module in modules for task in module.tasks(options)]
     known = {task.name: task for task in made}
     for name in only:
+        for module in modules:
+            # A suite may know a task that it cannot make here and now as it was meant, and say what it takes.
+            missing = getattr(module, "missing", None)
+            reason = missing(name, options) if missing else None
+            if reason:
+                raise EvalError(reason)
         if name not in known:
-            for suite in find_suites(suites):
-                # A suite may know a task that it cannot make here and now, and say what it takes.
-                missing = getattr(importlib.import_module(f"mtrain_eval.{suite}"), "missing", None)
-                reason = missing(name, options) if missing else None
-                if reason:
-                    raise EvalError(reason)
             raise EvalError(f"unknown task {name!r}; {_nearest(name, known)}tasks: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(only)] if only else made
+
+
+def stand_in_notes(tasks: Sequence[Task], options: SuiteOptions) -> list[str]:
+    """Where a data directory was given and suites do without it: what stands in, and what is left out; one line per suite."""
+    if options.data_dir is None:
+        return []
+    notes = []
+    for suite in dict.fromkeys(task.suite for task in tasks):
+        made_up = [task.name for task in tasks if task.suite == suite and task.source == "synthetic"]
+        left_out = getattr(importlib.import_module(f"mtrain_eval.{suite}"), "left_out", None)
+        parts = [f"made-up text stands in for {', '.join(made_up)}"] if made_up else []
+        if left_out and (names := left_out(options)):
+            parts.append(f"left out: {', '.join(names)}")
+        if parts:
+            notes.append(f"{suite}: {options.data_dir} has not all of its data; {'; '.join(parts)}")
+    return notes
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mtrain.data.documents import Document, read_jsonl, read_text
 from mtrain.errors import DataError, EvalError
+from mtrain_eval.sample import SuiteOptions
 
 _PLAIN = (".txt", ".md", ".txt.gz")
 _LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".json.gz")
@@ -20,6 +21,29 @@ def text_files(folder: Path) -> list[Path]:
         return []
     wanted = (*_PLAIN, *_LINES, ".json")
     return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(wanted))
+
+
+def texts_of(options: SuiteOptions, name: str, what: str) -> list[Path]:
+    """Files of texts in a folder of the data directory; empty when there is no such folder, or no data directory.
+
+    Args:
+        options: as for every suite.
+        name: of the folder.
+        what: belongs there, for the error.
+
+    Raises:
+        EvalError: the folder is there and holds no text, and none may be fetched: somebody meant to have the data.
+    """
+    if options.data_dir is None:
+        return []
+    folder = Path(options.data_dir) / name
+    files = text_files(folder)
+    if folder.is_dir() and not files and not options.online:
+        raise EvalError(
+            f"data-dir: {folder} holds no text (*.txt, *.md, *.json, *.jsonl); put {what} there, or take the folder away for a "
+            "made-up stand-in"
+        )
+    return files
 
 
 def read_texts(files: list[Path]) -> Iterator[Document]:

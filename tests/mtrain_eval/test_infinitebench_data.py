@@ -17,7 +17,7 @@ from mtrain_eval.infinitebench.data import Lines
 from mtrain_eval.infinitebench.prompts import frame
 from mtrain_eval.infinitebench.summary import AVERAGES, summarise
 from mtrain_eval.sample import DoesNotFitError, Figure, Prediction, SuiteOptions, Task
-from mtrain_eval.suites import make_tasks
+from mtrain_eval.suites import make_tasks, stand_in_notes
 
 TOKENIZER = byte_tokenizer()
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x1csix"  # str.splitlines would cut here
@@ -181,7 +181,19 @@ def test_a_data_dir_without_the_files_says_what_to_download(tmp_path: Path) -> N
     with pytest.raises(
         EvalError, match="passkey.jsonl.*huggingface.co/datasets/xinrongzhang2022/InfiniteBench.*--online"
     ):
+        (tmp_path / "infinitebench").mkdir()
         tasks(SuiteOptions(TOKENIZER, data_dir=tmp_path))
+
+
+def test_a_data_dir_of_other_suites_leaves_the_twins(tmp_path: Path) -> None:
+    options = SuiteOptions(TOKENIZER, data_dir=tmp_path)
+    found = make_tasks(["infinitebench"], options)
+    assert [task.name for task in found] == [task.name for task in tasks(SuiteOptions(TOKENIZER))]
+    (note,) = stand_in_notes(found, options)
+    assert "infinitebench_twin_passkey" in note and "left out: infinitebench_passkey, " in note
+    assert stand_in_notes(found, SuiteOptions(TOKENIZER)) == []
+    with pytest.raises(EvalError, match="passkey.jsonl: download"):
+        make_tasks(["infinitebench"], options, ["infinitebench_passkey"])
 
 
 def test_a_file_that_goes_away_says_where_to_put_it(tmp_path: Path) -> None:

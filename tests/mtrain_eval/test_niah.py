@@ -144,6 +144,17 @@ def test_an_answer_that_stands_in_the_essays_is_refused(tmp_path: Path) -> None:
         task_of("niah_kamradt", data_dir=tmp_path).sample(2048, 0)
 
 
+def test_made_prose_stands_in_unless_the_task_was_named_or_the_folder_is_there(tmp_path: Path) -> None:
+    options = SuiteOptions(byte_tokenizer(), data_dir=tmp_path)
+    assert [task.source for task in tasks(options)] == ["synthetic", "synthetic", "generated"]
+    with pytest.raises(EvalError, match="no essays in .*paul_graham_essays: put"):
+        make_tasks(["niah"], options, ["niah_number"])
+    assert make_tasks(["niah"], options, ["niah_pairs"])
+    (tmp_path / "paul_graham_essays").mkdir()
+    with pytest.raises(EvalError, match="holds no text"):
+        tasks(options)
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("name", PROSE)
 def test_what_does_not_fit_says_what_does(name: str, tokenizer: str) -> None:

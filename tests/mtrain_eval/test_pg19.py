@@ -20,6 +20,7 @@ from mtrain_eval.pg19.books import Books
 from mtrain_eval.pg19.figures import nll_sums, perplexity, perplexity_figures
 from mtrain_eval.pg19.task import BooksRolling, BooksTask, BooksWhole
 from mtrain_eval.sample import DoesNotFitError, Prediction, Sample, SuiteOptions
+from mtrain_eval.suites import make_tasks
 from mtrain_eval.tokens import encode_prompt
 from tests.mtrain_eval.small_tokenizers import byte_bpe
 
@@ -57,11 +58,21 @@ def test_without_books_the_held_out_library_stands_in(tmp_path: Path) -> None:
     for books in (Books(options()), Books(options(tmp_path))):
         assert books.source == "synthetic"
     assert len(books.named) > 10 and (np.diff(books.lengths) <= 0).all()
+    with pytest.raises(EvalError, match=r"no books in .*pg19: put the test books"):
+        make_tasks(["pg19"], options(tmp_path), ["pg19_rolling"])
     # None of it is what training reads; all of it is what validation reads.
     trained, kept = (bytes(stdlib_text(TokenizerKey(BYTES), held).astype(np.uint8)) for held in (False, True))
     for _, ids in books.named:
         text = bytes(ids.astype(np.uint8))
         assert text in kept and text not in trained
+
+
+def test_a_folder_of_books_without_any_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pg19").mkdir()
+    (tmp_path / "pg19" / "books.zip").write_bytes(b"not unpacked")
+    with pytest.raises(EvalError, match=r"pg19 holds no text .*put the books"):
+        tasks(options(tmp_path))
+    assert {task.source for task in tasks(options(tmp_path, online=True))} == {"published"}
 
 
 @pytest.mark.parametrize(

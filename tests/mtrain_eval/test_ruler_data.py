@@ -16,6 +16,7 @@ from mtrain_eval.ruler.qa import QuestionAnswering
 from mtrain_eval.ruler.synthetic_qa import PEOPLE, synthetic_questions
 from mtrain_eval.ruler.task import RulerTask
 from mtrain_eval.sample import DoesNotFitError, Prediction, SuiteOptions
+from mtrain_eval.suites import make_tasks, stand_in_notes
 
 SQUAD: dict[str, Any] = {
     "version": "v2.0",
@@ -81,6 +82,16 @@ HOTPOT: list[dict[str, Any]] = [
 
 def made(folder: Path | None, online: bool = False) -> dict[str, RulerTask]:
     return {task.name: task for task in tasks(SuiteOptions(byte_tokenizer(), 0, folder, online))}
+
+
+def test_a_haystack_that_ends_amid_a_question_does_not_change_the_answer_prefix(tmp_path: Path) -> None:
+    (tmp_path / "paul_graham_essays").mkdir()
+    text = "What is the thing that one should have built before all the others that exist "
+    (tmp_path / "paul_graham_essays" / "a.txt").write_text(text * 40)
+    for name in ("ruler_niah_single_2", "ruler_niah_multivalue"):
+        sample = made(tmp_path)[name].sample(2048, 0)
+        question, prefix = sample.text.rsplit("\n", 1)[1].split("?")
+        assert prefix.startswith(" The special magic number") and question.startswith("What ") and len(prefix) < 120
 
 
 def test_squad_as_it_is_distributed(tmp_path: Path) -> None:
@@ -208,17 +219,30 @@ def test_essays_of_a_folder_are_the_haystack(tmp_path: Path) -> None:
     assert task.essays.starts[:3] == [0, 5, 7]  # type: ignore[attr-defined]
 
 
-def test_a_folder_without_the_data_is_an_error_where_it_is_needed(tmp_path: Path) -> None:
+def test_without_its_data_a_task_stands_in_but_not_when_it_was_named_or_half_is_there(tmp_path: Path) -> None:
+    options = SuiteOptions(byte_tokenizer(), 0, tmp_path)
     found = made(tmp_path)
-    for name in ("ruler_niah_single_2", "ruler_niah_multiquery"):
-        for call in (lambda task: task.count(4096), lambda task: task.sample(4096, 0)):
-            with pytest.raises(EvalError, match=r"paul_graham_essays: put PaulGrahamEssays\.json .*--online"):
-                call(found[name])
-    for name in ("ruler_niah_single_1", "ruler_niah_multikey_2", "ruler_vt", "ruler_fwe"):
-        assert found[name].sample(2048, 0).targets
+    assert found["ruler_niah_single_2"].source == found["ruler_qa_1"].source == "synthetic"
+    assert found["ruler_niah_single_2"].sample(2048, 0).targets and found["ruler_qa_1"].count(4096) == PEOPLE
+    assert [task.name for task in make_tasks(["ruler"], options, ["ruler_vt"])] == ["ruler_vt"]
+    for name, wanted in (
+        ("ruler_niah_multiquery", r"paul_graham_essays: put PaulGrahamEssays\.json .*--online"),
+        ("ruler_qa_2", r"no hotpot_dev_distractor_v1\.json .*download HotpotQA from https.*--online"),
+    ):
+        with pytest.raises(EvalError, match=wanted):
+            make_tasks(["ruler"], options, [name])
+        assert make_tasks(["ruler"], SuiteOptions(byte_tokenizer()), [name])  # no directory was given: none is missed
+    (note,) = stand_in_notes(make_tasks(["ruler"], options), options)
+    assert "ruler_niah_single_2" in note and "ruler_qa_2" in note and "ruler_vt" not in note
+
+    (tmp_path / "ruler").mkdir()
+    (tmp_path / "paul_graham_essays").mkdir()
+    with pytest.raises(EvalError, match=r"paul_graham_essays holds no text.*put the essays there"):
+        made(tmp_path)["ruler_niah_single_3"].sample(2048, 0)
+    with pytest.raises(EvalError, match=r"no dev-v2\.0\.json in .*ruler"):
+        found["ruler_qa_1"].count(4096)
     online = made(tmp_path, online=True)
     assert {task.source for task in online.values()} == {"published", "generated"}
-    assert made(None)["ruler_qa_1"].count(4096) == PEOPLE
 
 
 @pytest.mark.parametrize("hops", [1, 2])

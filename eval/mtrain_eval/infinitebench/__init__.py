@@ -17,7 +17,7 @@ def tasks(options: SuiteOptions) -> list[Task]:
     """The published tasks whose data is at hand, then the twins of synthetic ones whose data is not: the two would be averaged.
 
     Raises:
-        EvalError: a data directory without any file of InfiniteBench, and not online.
+        EvalError: a folder for InfiniteBench without any file of it, and not online.
     """
     entries = available(options)
     there = {entry.split for entry in entries}
@@ -27,9 +27,16 @@ def tasks(options: SuiteOptions) -> list[Task]:
 
 def missing(name: str, options: SuiteOptions) -> str | None:
     """Why a task of this suite is not among `tasks`, and what to do; None for names that it does not know."""
+    there = available(options)
     for entry in ENTRIES:
-        if name == entry.name:
+        if name == entry.name and entry not in there:
             return where_from(options, entry)
-        if name == twin_name(entry.split) and entry.split in RULES:
+        if name == twin_name(entry.split) and entry in there:
             return f"{name} stands in where the data is not at hand, and {entry.name} has it; leave out --data-dir or --online"
     return None
+
+
+def left_out(options: SuiteOptions) -> list[str]:
+    """The published tasks that are not among `tasks`."""
+    there = available(options)
+    return [entry.name for entry in ENTRIES if entry not in there]

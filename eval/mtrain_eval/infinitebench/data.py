@@ -69,18 +69,18 @@ def available(options: SuiteOptions) -> list[Entry]:
     """Tasks whose data is at hand: all when online, those with a file in the data directory, none without either.
 
     Raises:
-        EvalError: a data directory without a single file of InfiniteBench, and not online.
+        EvalError: the data directory has a folder for InfiniteBench without a single file of it, and not online.
     """
     if options.online:
         return list(ENTRIES)
-    if options.data_dir is None:
+    if options.data_dir is None or not (Path(options.data_dir) / FOLDER).is_dir():
         return []
     found = [entry for entry in ENTRIES if _local(options, entry)]
     if not found:
         names = ", ".join(f"{entry.split}.jsonl" for entry in ENTRIES)
         raise EvalError(
             f"data-dir: {Path(options.data_dir) / FOLDER} holds no file of InfiniteBench; download any of {names} from "
-            f"{_WHERE}/FILE and put them there, or give --online, or leave --data-dir out for the synthetic twins"
+            f"{_WHERE}/FILE and put them there, or give --online, or take the folder away for the synthetic twins"
         )
     return found
 

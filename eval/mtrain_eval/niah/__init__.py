@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from mtrain_eval.niah.pairs import PairsTask, has_symbols
 from mtrain_eval.niah.prose_tasks import Essays, KamradtTask, NumberTask
+from mtrain_eval.prose import missing_essays
 from mtrain_eval.sample import SuiteOptions, Task
 
 
@@ -21,3 +22,8 @@ def tasks(options: SuiteOptions) -> list[Task]:
     essays = Essays(options)
     made: list[Task] = [KamradtTask(options, essays), NumberTask(options, essays)]
     return [*made, PairsTask(options)] if has_symbols(options) else made
+
+
+def missing(name: str, options: SuiteOptions) -> str | None:
+    """What a task lacks in the data directory that was given, and what to do; None: nothing."""
+    return missing_essays(options) if name in (KamradtTask.name, NumberTask.name) else None

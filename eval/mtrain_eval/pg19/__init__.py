@@ -18,3 +18,8 @@ def tasks(options: SuiteOptions) -> list[Task]:
     """Both tasks over the same books."""
     books = Books(options)
     return [BooksWhole(options, books), BooksRolling(options, books)]
+
+
+def missing(name: str, options: SuiteOptions) -> str | None:
+    """What a task lacks in the data directory that was given, and what to do; None: nothing."""
+    return Books(options).missing() if name in (BooksWhole.name, BooksRolling.name) else None

@@ -12,7 +12,7 @@ from mtrain.data.documents import Document, content_hash, hf_documents, open_hf,
 from mtrain.data.store import TokenStore
 from mtrain.errors import DataError, EvalError
 from mtrain_eval.sample import SuiteOptions
-from mtrain_eval.texts import read_texts, text_files
+from mtrain_eval.texts import read_texts, texts_of
 from mtrain_eval.tokens import encode_prompt
 
 FOLDER = "pg19"
@@ -24,12 +24,24 @@ class Books:
 
     ``source`` is ``published`` for books from DATA_DIR/pg19 or the hub, ``synthetic`` for the stand-in: the twentieth of
     Python's standard library that mtrain's own sources hold out.
+
+    Raises:
+        EvalError: a folder of books without any.
     """
 
     def __init__(self, options: SuiteOptions) -> None:
         self.options = options
-        self.files = text_files(Path(options.data_dir) / FOLDER) if options.data_dir is not None else []
+        self.files = texts_of(options, FOLDER, "the books of PG-19's test set")
         self.source = "published" if self.files or options.online else "synthetic"
+
+    def missing(self) -> str | None:
+        """What is missing in a data directory that was given, and what to do; None: nothing is, or none was given."""
+        if self.options.data_dir is None or self.source == "published":
+            return None
+        return (
+            f"no books in {Path(self.options.data_dir) / FOLDER}: put the test books of PG-19 there as text files; or give "
+            f"--online to fetch {_HUB}; or leave out --data-dir for a stand-in"
+        )
 
     @cached_property
     def named(self) -> list[tuple[str, np.ndarray]]:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mtrain.errors import EvalError
-from mtrain_eval.prose import ESSAYS, essay_source, load_essays, split_sentences
+from mtrain_eval.prose import essay_source, load_essays, split_sentences
 from mtrain_eval.sample import SuiteOptions
 
 
@@ -24,16 +24,6 @@ class Essays:
     def source(self) -> str:
         """``published`` or ``synthetic``."""
         return essay_source(self._options)
-
-    def check(self) -> None:
-        """Raises EvalError when a folder of data was given and the essays are not in it."""
-        folder = self._options.data_dir
-        if folder is not None and self.source == "synthetic":
-            raise EvalError(
-                f"no essays in {folder / ESSAYS}: put PaulGrahamEssays.json of NVIDIA/RULER (scripts/data/synthetic/json), or "
-                "the essays as .txt files, there; or give --online to fetch baber/paul_graham_essays; or leave out --data-dir "
-                "for made-up prose"
-            )
 
     @cached_property
     def words(self) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mtrain_eval.prose import missing_essays
 from mtrain_eval.ruler.haystack import Essays
 from mtrain_eval.ruler.task import Draft, Plan, RulerTask
 from mtrain_eval.ruler.words import Draws
@@ -15,7 +16,7 @@ from mtrain_eval.upstream import constant
 
 # Per cent of the text at which needles may lie among essays.
 DEPTHS = [int(depth) for depth in np.round(np.linspace(0, 100, num=40)).astype(int)]
-_QUESTION = re.compile(r"What (is|are) (?:all )?t(he [^?]*)\?$")
+_QUESTION = re.compile(r"What (is|are) (?:all )?t(he [^?\n]*)\?$")  # in one line: a haystack may end amid a question
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,9 @@ class NeedleTask(RulerTask):
         """``generated``, unless essays are the haystack: then theirs."""
         return self.essays.source if self.kind.haystack == "essay" else "generated"
 
-    def check(self) -> None:
-        """Raises EvalError when the essays were promised and are missing."""
-        if self.kind.haystack == "essay":
-            self.essays.check()
+    def missing(self) -> str | None:
+        """See RulerTask: the essays."""
+        return missing_essays(self.options) if self.kind.haystack == "essay" else None
 
     def plan(self, length: int, index: int, attempt: int) -> Plan:
         """Keys, values, their order and their depths are drawn once; the haystack around them has any size."""

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mtrain_eval.ruler.qa_data import HOTPOT, SQUAD, Question, Questions, check_data, data_source, load_published
+from mtrain_eval.ruler.qa_data import HOTPOT, SQUAD, Question, Questions, data_source, load_published, missing_data
 from mtrain_eval.ruler.synthetic_qa import synthetic_questions
 from mtrain_eval.ruler.task import Draft, Plan, RulerTask
 from mtrain_eval.sample import SuiteOptions
@@ -29,7 +29,7 @@ class QuestionAnswering(RulerTask):
         super().__init__(options, name, max_new_tokens=32)
         self.data = {"qa_1": SQUAD, "qa_2": HOTPOT}[name]
         self.hops = {"qa_1": 1, "qa_2": 2}[name]
-        self._needed: list[
+        self._sizes: list[
             int
         ] = []  # tokens of the first questions with their own documents only, generated ones included
 
@@ -38,9 +38,9 @@ class QuestionAnswering(RulerTask):
         """``published`` with SQuAD or HotpotQA at hand, else ``synthetic``."""
         return data_source(self.options, self.data)
 
-    def check(self) -> None:
-        """Raises EvalError when the data was promised and is missing."""
-        check_data(self.options, self.data)
+    def missing(self) -> str | None:
+        """See RulerTask: the questions."""
+        return missing_data(self.options, self.data)
 
     def questions(self) -> Questions:
         """The set, read when first needed."""
@@ -48,7 +48,6 @@ class QuestionAnswering(RulerTask):
 
     def count(self, length: int) -> int | None:
         """Questions there are."""
-        self.check()
         return len(self.questions().questions)
 
     def plan(self, length: int, index: int, attempt: int) -> Plan:
@@ -96,11 +95,11 @@ class QuestionAnswering(RulerTask):
         for number in range(len(known.questions)):
             if len(fitting) > index or (number >= PROBED and not fitting):
                 break
-            if number == len(self._needed):
+            if number == len(self._sizes):
                 gold = list(known.questions[number].gold)
-                self._needed.append(len(self._encode(self._draft(known, number, gold))) + self.max_new_tokens)
-            if self._needed[number] <= length:
+                self._sizes.append(len(self._encode(self._draft(known, number, gold))) + self.max_new_tokens)
+            if self._sizes[number] <= length:
                 fitting.append(number)
         if not fitting:
-            raise self.too_short(length, min(self._needed[:PROBED]))
+            raise self.too_short(length, min(self._sizes[:PROBED]))
         return fitting[index % len(fitting)]

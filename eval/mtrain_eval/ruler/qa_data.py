@@ -50,6 +50,7 @@ class DataSet:
     hub: tuple[str, str | None, str]
 
 
+FOLDER = "ruler"
 SQUAD = DataSet(
     "SQuAD 2.0",
     "dev-v2.0.json",
@@ -66,23 +67,35 @@ HOTPOT = DataSet(
 
 def found_file(options: SuiteOptions, data: DataSet) -> Path | None:
     """The set's original file in the folder of data or in its subfolder ``ruler``; None when there is none."""
-    folders = [] if options.data_dir is None else [options.data_dir, options.data_dir / "ruler"]
+    folders = [] if options.data_dir is None else [options.data_dir, options.data_dir / FOLDER]
     return next((folder / data.file for folder in folders if (folder / data.file).is_file()), None)
 
 
 def data_source(options: SuiteOptions, data: DataSet) -> str:
-    """``published`` when the set is at hand or may be fetched, else ``synthetic``."""
-    return "published" if options.online or found_file(options, data) else "synthetic"
+    """``published`` when the set is at hand or may be fetched, else ``synthetic``.
+
+    Raises:
+        EvalError: the data directory has a folder for RULER, and the set is not in it.
+    """
+    if options.online or found_file(options, data):
+        return "published"
+    if options.data_dir is not None and (options.data_dir / FOLDER).is_dir():
+        raise EvalError(_absent(options.data_dir / FOLDER, data))
+    return "synthetic"
 
 
-def check_data(options: SuiteOptions, data: DataSet) -> None:
-    """Raises EvalError when a folder of data was given and the set is not in it."""
-    if options.data_dir is not None and data_source(options, data) == "synthetic":
-        raise EvalError(
-            f"no {data.file} in {options.data_dir}: download {data.title} from {data.url} to "
-            f"{options.data_dir / data.file}; or give --online to fetch {data.hub[0]}; or leave out --data-dir for made-up "
-            "questions"
-        )
+def missing_data(options: SuiteOptions, data: DataSet) -> str | None:
+    """What is missing in a data directory that was given, and what to do; None: nothing is, or none was given."""
+    if options.data_dir is None or data_source(options, data) == "published":
+        return None
+    return _absent(options.data_dir, data)
+
+
+def _absent(folder: Path, data: DataSet) -> str:
+    return (
+        f"no {data.file} in {folder}: download {data.title} from {data.url} to {folder / data.file}; or give --online to fetch "
+        f"{data.hub[0]}; or leave out --data-dir for made-up questions"
+    )
 
 
 def load_published(options: SuiteOptions, data: DataSet) -> Questions:

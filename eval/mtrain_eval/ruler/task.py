@@ -17,7 +17,9 @@ from mtrain_eval.seeds import sample_random
 from mtrain_eval.statistics import mean_figures
 from mtrain_eval.tokens import count_tokens, encode_prompt
 
-ATTEMPTS = 16  # other keys and words, when those drawn first are a token too long
+ATTEMPTS = 64  # other keys and words, when those drawn first are a token too long
+_PROBES = 16  # draws that tell whether a length has room
+_TIGHT = 0.8  # of the room, that the smallest sample takes; words drawn for it differ in length by less
 
 
 Join = Callable[[str, str], str]
@@ -83,17 +85,18 @@ class RulerTask(ABC):
         self.options = options
         self.max_new_tokens = max_new_tokens
         self.join: Join = plain
+        self._needed: dict[int, list[int]] = {}  # length -> sizes of some smallest samples, sorted
 
     @abstractmethod
     def plan(self, length: int, index: int, attempt: int) -> Plan:
         """Sample number ``index`` in all sizes; another attempt draws other words."""
 
-    def check(self) -> None:  # noqa: B027 - most tasks need no data
-        """Raises EvalError when data that was promised is missing."""
+    def missing(self) -> str | None:
+        """What is missing in a data directory that was given, and what to do; None: nothing is, or none was given."""
+        return None
 
     def count(self, length: int) -> int | None:
-        """Any number of samples. Raises EvalError when the task's data is missing."""
-        self.check()
+        """Any number of samples."""
         return None
 
     def rng(self, length: int, index: int, attempt: int, stream: str) -> random.Random:
@@ -107,16 +110,27 @@ class RulerTask(ABC):
             DoesNotFitError: even the smallest haystack is too long; says which length would do.
             EvalError: data, lm-eval or wonderwords is missing.
         """
-        self.check()
         budget = length - self.max_new_tokens
-        longest = 0  # of the smallest samples: at that length others will fit too, whatever words are drawn for it
         for attempt in range(ATTEMPTS):
             plan = self.plan(length, index, attempt)
-            needed = len(self._encode(plan.build(plan.smallest)))
+            needed = self._smallest(plan)
+            if needed > _TIGHT * budget:
+                self._check_room(length)
             if needed <= budget:
                 return self._fitted(plan, length, index)
-            longest = max(longest, needed)
-        raise self.too_short(length, longest + self.max_new_tokens)
+        raise self.too_short(length, length + 1)
+
+    def _check_room(self, length: int) -> None:
+        """All samples of a length fit, or none: a quarter of some draws must, and then each sample finds one that does."""
+        if length not in self._needed:
+            sizes = [self._smallest(self.plan(length, 0, attempt)) for attempt in range(_PROBES)]
+            self._needed[length] = sorted(size + self.max_new_tokens for size in sizes)
+        needed = self._needed[length]
+        if needed[_PROBES // 4 - 1] > length:
+            raise self.too_short(length, needed[-1])
+
+    def _smallest(self, plan: Plan) -> int:
+        return len(self._encode(plan.build(plan.smallest)))
 
     def too_short(self, length: int, needed: int) -> DoesNotFitError:
         """The error that says what would do."""
