@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="of a launch: rings that share the samples out among them (default: %(default)s)",
+        help="of a launch: rings that share the samples out among them, on nodes that share DIR (default: %(default)s)",
     )
     how.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S", help="seconds until a silent process is lost"
@@ -100,8 +101,6 @@ def run(args: argparse.Namespace) -> int:
     config = make_config(args)
     if args.official_lm_eval:
         return _official(config)
-    from datetime import timedelta
-
     from mtrain.parallel import join_processes, leave_processes
 
     timeout = timedelta(seconds=args.timeout)
@@ -163,7 +162,7 @@ def make_config(args: argparse.Namespace) -> EvalConfig:
     )
 
 
-def make_rings(size: int, replicas: int, outer: int, inner: int | None, timeout: Any) -> tuple[Ring, Ring]:
+def make_rings(size: int, replicas: int, outer: int, inner: int | None, timeout: timedelta) -> tuple[Ring, Ring]:
     """The ring of this process, and the ring of all processes of the launch (the same one without replicas).
 
     Raises:
@@ -178,7 +177,9 @@ def make_rings(size: int, replicas: int, outer: int, inner: int | None, timeout:
             f"--replicas {replicas} x --outer {outer} x --inner {inner} must be the {size} process(es) that are running; leave "
             "them out for one flat ring, or start more with accelerate launch --num_processes"
         )
-    everyone = SingleRing() if size == 1 else ProcessRing.create(RingTopology(1, size), timeout)
+    # A replica that is done waits for the slowest, for hours if need be; one that has died is noticed all the same.
+    patience = timeout if replicas == 1 else timedelta(days=30)
+    everyone = SingleRing() if size == 1 else ProcessRing.create(RingTopology(1, size), patience)
     topology = RingTopology(outer, inner)
     if topology.world_size == 1:
         return SingleRing(), everyone
