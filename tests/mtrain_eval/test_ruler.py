@@ -168,6 +168,36 @@ def test_too_short_a_length_says_which_would_do(name: str, tokenizer: str) -> No
         assert len(sample.ids) + sample.max_new_tokens <= needed
 
 
+@pytest.mark.parametrize("name", ["ruler_niah_single_1", "ruler_niah_multiquery", "ruler_niah_multikey_3"])
+def test_all_samples_of_a_length_fit_or_none(name: str) -> None:
+    task, outcomes = all_tasks("piece_bpe")[name], []
+    with pytest.raises(DoesNotFitError) as error:
+        task.sample(100, 0)
+    needed = int(str(error.value).rsplit(" ", 1)[1])
+    for length in range(needed - 60, needed + 2, 6):
+        fits = set()
+        for index in range(25):
+            try:
+                sample = task.sample(length, index)
+                assert len(sample.ids) + sample.max_new_tokens <= length
+                fits.add(True)
+            except DoesNotFitError:
+                fits.add(False)
+        assert len(fits) == 1
+        outcomes += fits
+    assert outcomes == sorted(outcomes) and len(set(outcomes)) == 2
+
+
+def test_needles_are_shuffled() -> None:
+    """The values of a key do not stand in the order in which they are asked for, nor do the keys."""
+    for name in ("ruler_niah_multivalue", "ruler_niah_multiquery"):
+        orders = set()
+        for index in range(150):
+            sample = all_tasks()[name].sample(1200, index)
+            orders.add(tuple(np.argsort([sample.text.index(f" {target}.") for target in sample.targets]).tolist()))
+        assert len(orders) == 24
+
+
 @pytest.mark.parametrize("name", ["ruler_niah_single_2", "ruler_niah_multivalue"])
 def test_depths_among_essays_are_the_official_grid(name: str) -> None:
     """Forty depths, none twice in a sample, at int(sentences * depth / 100): between whole sentences."""

@@ -127,7 +127,7 @@ class RulerTask(ABC):
             self._needed[length] = sorted(size + self.max_new_tokens for size in sizes)
         needed = self._needed[length]
         if needed[_PROBES // 4 - 1] > length:
-            raise self.too_short(length, needed[-1])
+            raise self.too_short(length, needed[3 * _PROBES // 4])
 
     def _smallest(self, plan: Plan) -> int:
         return len(self._encode(plan.build(plan.smallest)))
