@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.parity_study.methods import METHODS, SEQ_LEN
+from scripts.parity_study.methods import LONGER, METHODS, SEQ_LEN
 
 Results = Mapping[tuple[int, str], dict[str, Any]]
 
@@ -49,10 +49,10 @@ def _answers(found: Results) -> Any:
             label = f"{evaluation} attention at evaluation" if place == 0 else None
             axes.bar(place + offset, sum(shares) / len(shares), 0.32, color=colour, alpha=0.55, label=label)
             axes.plot([place + offset] * len(shares), shares, "o", color="#222222", markersize=3.5)
-    axes.set_xticks(range(len(methods)), [name.replace(" ", "\n", 1) for name in methods], fontsize=8)
+    axes.set_xticks(range(len(methods)), [name.replace(" ", "\n") for name in methods], fontsize=8)
     axes.set_ylim(0, 104)
     axes.set_ylabel("right answers, %")
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     axes.grid(axis="y", alpha=0.3)
     return figure
 
@@ -63,6 +63,8 @@ def _lines(found: Results) -> Any:
     figure = Figure(figsize=(13, 3.8))
     panels = figure.subplots(1, 4)
     for place, method in enumerate(METHODS):
+        if method in LONGER:
+            continue
         runs = [result["lines"] for (_, name), result in sorted(found.items()) if name == method]
         if not runs:
             continue

@@ -21,6 +21,7 @@ from scripts.parity_study.methods import (
     SEQ_LEN,
     STEPS,
     WARMUP,
+    masks,
 )
 from scripts.parity_study.work import WARM
 
@@ -105,7 +106,8 @@ def _setting(found: Results, command: str) -> list[str]:
         "",
         f"A model of two layers (119K parameters, 4 heads) learns key-value recall densely at {BASE_LEN} tokens ({BASE_STEPS} "
         f"steps, one warm start per seed). From there it is trained {STEPS} steps at {SEQ_LEN} tokens ({PAIRS} pairs in the "
-        f"haystack, {QUESTIONS} questions a row) under each kind of attention: same start, rows, steps and learning rates. "
+        f"haystack, {QUESTIONS} questions a row) under each kind of attention: same start, rows, steps and learning rates "
+        f"(those marked 4x: {4 * STEPS} steps). "
         f"Then every result answers the same {exam['prompts']} held-out prompts ({exam['prompts'] * QUESTIONS} answers a "
         "seed; guessing gives 1.6 %, guessing among the values present about 4 %), under the attention it was trained with "
         "and under dense attention. The sparse patterns see about a third of the causal pairs; xattention chooses its own "
@@ -161,7 +163,17 @@ def _reading(found: Results) -> list[str]:
             verdict = "loses more than 2 points to the dense twin"
         else:
             verdict = "undecided: the interval holds both more and less than 2 points"
-        lines.append(f"- {method}: {100 * difference.value:+.1f} points [{low:+.1f}, {high:+.1f}], {verdict}.")
+        losses = [
+            sum(values) / len(values)
+            for values in (
+                over_seeds(found, name, lambda result, name=name: result["evaluations"][name]["held_out_loss"])  # type: ignore[misc]
+                for name in (method, "dense")
+            )
+        ]
+        lines.append(
+            f"- {method}: {100 * difference.value:+.1f} points [{low:+.1f}, {high:+.1f}], {verdict}; held-out loss "
+            f"{losses[0]:.3f} against {losses[1]:.3f}."
+        )
     frozen = over_seeds(found, "vertical_slash frozen", score("vertical_slash"))
     if frozen:
         lines.append(
@@ -171,9 +183,8 @@ def _reading(found: Results) -> list[str]:
 
 
 def _masks_table(found: Results) -> list[str]:
-    names = [name for name in METHODS if METHODS[name].get("refresh") != "frozen"]
     lines = ["| evaluated with | density | right | minus dense (points) |", "|---|---:|---:|---:|"]
-    for name in names:
+    for name in masks():
         shares = over_seeds(found, "dense", score(name))
         if shares:
             density = over_seeds(

@@ -13,7 +13,16 @@ from mtrain.errors import MtrainError
 from mtrain.patterns import PatternPlan
 from scripts.parity_study import methods, work
 from scripts.parity_study.examine import never_by_distance
-from scripts.parity_study.methods import CONTROLS, METHODS, SEQ_LEN, base_recipe, evaluations, method_recipe, slug
+from scripts.parity_study.methods import (
+    CONTROLS,
+    LONGER,
+    METHODS,
+    SEQ_LEN,
+    base_recipe,
+    evaluations,
+    method_recipe,
+    slug,
+)
 from scripts.parity_study.report import report
 
 EXAM = {"prompts": 16, "pairs": 4, "questions": 2, "rows": 2, "seed": 1}
@@ -21,7 +30,9 @@ EXAM = {"prompts": 16, "pairs": 4, "questions": 2, "rows": 2, "seed": 1}
 
 def test_methods_differ_in_attention_only() -> None:
     recipes = {method: method_recipe(Path("runs"), 3, method).to_dict() for method in METHODS}
-    assert len({recipe["output"] for recipe in recipes.values()}) == len({slug(name) for name in METHODS}) == 8
+    assert len({recipe["output"] for recipe in recipes.values()}) == len({slug(name) for name in METHODS}) == 10
+    assert {recipes[name]["train"].pop("steps") for name in METHODS if name in LONGER} == {4 * methods.STEPS}
+    assert {recipes[name]["train"].pop("steps") for name in METHODS if name not in LONGER} == {methods.STEPS}
     for recipe in recipes.values():
         for key in ("name", "output", "attention"):
             del recipe[key]
@@ -85,7 +96,7 @@ def test_the_report_says_what_the_figures_say(tmp_path: Path) -> None:
     assert "undecided" in said["a_shape"] and "loses more than 2 points" in said["moba"]
     assert "fails, as a control must" in said["random columns (control)"]
     assert "DOES NOT FAIL" in said["window (control)"] and len(CONTROLS) == 2
-    assert "fewer seeds so far: vertical_slash frozen (0), xattention (0), moba (2)" in text.replace("dense (3), ", "")
+    assert "fewer seeds so far: vertical_slash frozen (0), xattention (0), moba (2), xattention, 4x steps (0)" in text
     assert "| moba | 0.30 | 50.0 ± 0.0 |" in text and "| 50.0 | 75.0 |" not in text
     assert "| 75.0 | 50.0 | 50.0 |" in text  # one head, no head of a layer, never
 
