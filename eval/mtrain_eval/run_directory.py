@@ -16,7 +16,7 @@ from mtrain.recipe.schema import AttentionRecipe
 from mtrain_eval import fingerprint
 from mtrain_eval.config import EvalConfig, read_training
 from mtrain_eval.sample import Task
-from mtrain_eval.store import LOCK, write_whole
+from mtrain_eval.store import LOCK, Store, locked, write_whole
 
 FORMAT = 1
 FILE = "run.json"
@@ -45,7 +45,8 @@ def open_run(
         EvalError: the directory holds a run of something else, or files that no evaluation made.
     """
     path = config.output / FILE
-    old = _read(path)
+    # A start that failed before its first answer binds nobody.
+    old = _read(path) if Store(config.output).cells() else {}
     model = model_directory(config.model)
     known = old.get("model", {}).get("weights", [])
     weights = fingerprint.digest_weights(model, known) if model is not None else []
@@ -78,7 +79,7 @@ def prepare(output: Path, resume: bool, say: Callable[[str], None]) -> None:
     """An output directory that is new, or a run's.
 
     Raises:
-        EvalError: it is a file, or holds files that no evaluation made.
+        EvalError: it is a file, holds files that no evaluation made, or a run that is to be set aside is still going on.
     """
     if output.exists() and not output.is_dir():
         raise EvalError(f"--output {output} is a file; give a directory")
@@ -89,7 +90,8 @@ def prepare(output: Path, resume: bool, say: Callable[[str], None]) -> None:
             number = 1
             while (aside := output.with_name(f"{output.name}_{number}")).exists():
                 number += 1
-            output.rename(aside)
+            with locked(output):  # a run that still writes would go on in the new directory
+                output.rename(aside)
             say(f"the earlier evaluation is now {aside}")
     output.mkdir(parents=True, exist_ok=True)
 

@@ -200,9 +200,18 @@ def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="is a file"):
         run_fake(replace(config, output=config.output / "thesis.tex"))
     assert [file.name for file in config.output.iterdir()] == ["thesis.tex"]
-    (config.output / "thesis.tex").rename(config.output / "run.json")
+    (config.output / "thesis.tex").unlink()
+    run_fake(replace(config, limit=1))
+    (config.output / "run.json").write_text("x")
     with pytest.raises(EvalError, match="run.json is damaged"):
         run_fake(config)
+
+
+def test_a_start_that_failed_before_its_first_answer_binds_nobody(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(Stopped):
+        run_fake(replace(config, seed=1), before=stop_at(0))
+    assert run_fake(config).asked > 0
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
@@ -211,6 +220,9 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with locked(config.output), pytest.raises(EvalError, match="another evaluation is writing"):
         run_fake(config)
     run_fake(config)
+    with locked(config.output), pytest.raises(EvalError, match="another evaluation is writing"):
+        run_fake(replace(config, seed=1), resume=False)  # its rows would land among the new ones
+    assert not (tmp_path / "run_1").exists()
 
 
 def test_another_question_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
