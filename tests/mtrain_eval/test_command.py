@@ -192,7 +192,8 @@ def test_two_processes_equal_one(model: Path, tmp_path: Path, fake_suite: None) 
     assert json.loads((tmp_path / "two/run.json").read_text())["model"]["ranks"] == 2
     halves = ["--replicas", "2", "--output", str(tmp_path / "halves")]
     assert run_processes(launched, 2, tmp_path / "replicas", [*words, *halves]) == [0, 0]
-    assert rows_in(tmp_path / "halves") == rows_in(tmp_path / "one")  # nothing is split, so nothing is rounded otherwise
+    # Nothing is split over ranks, so nothing is rounded otherwise.
+    assert rows_in(tmp_path / "halves") == rows_in(tmp_path / "one")
     refused = run_processes(
         launched, 2, tmp_path / "again", [*words, "--seed", "1", "--output", str(tmp_path / "two")], timeout=20
     )

@@ -15,7 +15,7 @@ from mtrain.comm import Ring, run_ranks
 from mtrain.errors import EvalError, LaunchError
 from mtrain_eval import runner
 from mtrain_eval.ask import cut, make_stop, prompt_sha256
-from mtrain_eval.runner import CellPlan, deal
+from mtrain_eval.plan import CellPlan, deal
 from mtrain_eval.sample import Sample, SuiteOptions
 from mtrain_eval.store import ROW_KEYS, Cell, Store, locked
 from tests.mtrain_eval.fakes import WORDS, FakeTask, config_of, fake_suite, rows_in, run_fake
