@@ -7,6 +7,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+EVAL_ARGS ?=
 
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
@@ -20,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-cpu test-interpret test-compile check lint format gpu sanitize exactness bench clean
+.PHONY: help env quickstart eval-quick test test-cpu test-interpret test-compile check lint format gpu sanitize exactness bench parity clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +32,20 @@ $(STAMP): setup.py pyproject.toml $(wildcard constraints.txt)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
 	  f"mtrain needs Python 3.10 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.11 env")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev,eval]'
 	@touch $@
 
 quickstart: env ## a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin
+	$(BIN)/python -m mtrain quickstart
+
+# Two replicas: the model is small, so two processes with half of the samples each are faster than two with half of each prompt.
+EVALUATED := runs/quickstart/sparse/export
+eval-quick: env $(EVALUATED)/config.json ## the quickstart's model on every suite at 1K to 8K, dense and sparse, offline
+	$(BIN)/python -m accelerate.commands.launch --config_file recipes/accelerate/cpu_2.yaml -m mtrain eval $(EVALUATED) \
+	  --suite retrieval,ruler,niah,infinitebench,pg19 --lengths 1K,2K,4K,8K --max-positions 8192 --attention both \
+	  --limit 20 --replicas 2 --output runs/eval-quick $(EVAL_ARGS)
+
+$(EVALUATED)/config.json: | env
 	$(BIN)/python -m mtrain quickstart
 
 test: env test-cpu test-interpret test-compile ## every test that can run on this machine (README's test command; CI runs it)
@@ -75,6 +86,9 @@ exactness: env ## print the exactness matrix: every pattern, layout, schedule an
 bench: env ## print the benchmarks: CPU kernels against dense attention, and the balancer
 	$(BIN)/python scripts/bench_cpu.py
 	$(BIN)/python scripts/bench_balance.py
+
+parity: env ## the published experiment in small: dense, sparse and control attention, trained and evaluated (an hour on 2 cores)
+	$(BIN)/python -m scripts.parity --write
 
 clean: ## remove what can be made again, the environment excepted
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -22,7 +22,7 @@ extras = {
     #   pip install flash-attn --no-build-isolation
     "gpu": ["triton>=3.4; platform_system == 'Linux'"],
     "deepspeed": ["deepspeed>=0.18"],
-    "eval": ["lm-eval>=0.4.9", "wonderwords>=2.2", "nltk>=3.9"],
+    "eval": ["lm-eval>=0.4.9", "wonderwords>=3.0", "nltk>=3.9", "rouge-score>=0.1.2", "matplotlib>=3.8"],
     "plot": ["matplotlib>=3.8"],
     # Triton's interpreter and compiler need no GPU: the kernels are tested everywhere.
     "dev": [

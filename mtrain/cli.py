@@ -11,19 +11,23 @@ import importlib
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mtrain.errors import MtrainError
 from mtrain.recipe.load import DEFAULT
 
-# name -> what it does; the code is in mtrain.commands.<name>
+# name -> what it does; the code is in mtrain.commands.<name>, or where ELSEWHERE says
 COMMANDS = {
     "train": "train a model as a recipe says",
     "quickstart": "a context extension in miniature: train, extend sparsely over two ranks, compare with the dense twin",
     "inspect": "print a recipe as it resolves: every value, the mesh, the layout, warnings",
     "verify": "prove on this machine that ring attention equals dense masked attention",
+    "eval": "RULER, needle grids, InfiniteBench and PG-19 on a model, with dense or with its sparse attention",
+    "lm-eval": "lm-evaluation-harness with the model `mtrain` in it",
     "doctor": "print versions, devices and which attention backends can run here",
 }
+# By name only: evaluation is a package above this one, which never imports it.
+ELSEWHERE = {"eval": "mtrain_eval.command", "lm-eval": "mtrain_eval.harness.command"}
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -43,11 +47,36 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtrain", description=(importlib.import_module("mtrain").__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"mtrain.commands.{name}")
+        module = _module(name)
         sub = commands.add_parser(name, help=summary, description=module.__doc__, parents=[debug],
                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         module.configure(sub)
     return parser
+
+
+def _module(command: str) -> Any:
+    """The code of a command; for a package that is not installed, a stand-in that says so when it is run."""
+    name = ELSEWHERE.get(command, f"mtrain.commands.{command}")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if command not in ELSEWHERE or error.name != name.split(".")[0]:
+            raise
+        return _NotInstalled(command)
+
+
+class _NotInstalled:
+    """A command whose package is missing: still in the help, takes any arguments, and says how to get it."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.__doc__ = "Not installed: pip install 'mtrain[eval]'"
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("words", nargs=argparse.REMAINDER)
+
+    def run(self, args: argparse.Namespace) -> NoReturn:
+        raise MtrainError(f"mtrain {self.command} needs a package that is not installed: pip install 'mtrain[eval]'")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(
         [*(word for word in argv if word != "--debug"), *(["--debug"] if "--debug" in argv else [])]
     )
-    code: int = importlib.import_module(f"mtrain.commands.{args.command}").run(args)
+    code: int = _module(args.command).run(args)
     return code
 
 

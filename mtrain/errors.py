@@ -23,3 +23,7 @@ class CheckpointError(MtrainError):
 
 class LaunchError(MtrainError):
     """A launch whose processes do not fit the recipe, or a peer that was lost."""
+
+
+class EvalError(MtrainError):
+    """An evaluation that cannot be made as asked: an unknown task, data that is missing, a length beyond the model."""

@@ -3,8 +3,9 @@
 Keys of a line of run.jsonl: step (updates done), loss (mean over the valid target tokens since the last line), lr, grad_norm (of
 the last step, before clipping), tokens (seen so far, all ranks), targets (of the last step), tokens_per_s, step_s (data to update,
 without checkpoints), density (mean over layers; with density_min, density_max and density_layers), tile_density, recall,
-worker_imbalance, step_imbalance (of computed area), time_imbalance (slowest rank / mean, forward and backward), memory_mb (peak of
-this process; of the device with CUDA). What was not measured is left out.
+reach and reach_any_head (with recall; share of pairs inside the mask at distance 1, 2..3, 4..7, ..: mean over heads and layers,
+and pairs that any head holds), worker_imbalance, step_imbalance (of computed area), time_imbalance (slowest rank / mean, forward
+and backward), memory_mb (peak of this process; of the device with CUDA). What was not measured is left out.
 """
 
 from __future__ import annotations

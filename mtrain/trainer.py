@@ -254,7 +254,7 @@ class Run:
         if self.world.dp_rank == 0:  # one ring speaks for all: the others hold other rows of the same mixture
             statistics = self.context.statistics()
             line |= density_summary(statistics["density_per_layer"])
-            for key in ("tile_density", "recall", "worker_imbalance", "step_imbalance"):
+            for key in ("tile_density", "recall", "reach", "reach_any_head", "worker_imbalance", "step_imbalance"):
                 line[key] = statistics.get(key)
             shown["density"] = f"{line['density']:.3f}"
         self.log.write(line)

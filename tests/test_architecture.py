@@ -25,6 +25,8 @@ OUTSIDE = ("scripts", "tests", "benchmarks", "recipes", "eval")
 TALKS = {"mtrain/comm.py", "mtrain/parallel.py", "mtrain/checkpoint.py"}
 READS_ENVIRONMENT = {"mtrain/parallel.py"}
 # Imported inside the function that needs them; kernels written in Triton have a folder of their own.
+# The subclass of lm-eval's model needs its base when it is defined; nothing imports that folder but who wants lm-eval.
+LM_EVAL_HOME = "eval/mtrain_eval/harness/"
 OPTIONAL = {"triton", "flash_attn", "deepspeed", "lm_eval", "matplotlib", "datasets", "tensorboard"}
 TRITON_HOME = "sparse_kernels/gpu/"
 
@@ -82,7 +84,7 @@ def environment(path: str, source: str) -> list[str]:
 
 def eager_optional(path: str, source: str) -> list[str]:
     """Optional packages imported when the file is imported."""
-    if path.startswith(TRITON_HOME):
+    if path.startswith((TRITON_HOME, LM_EVAL_HOME)):
         return []
     lazy: set[int] = set()
     tree = ast.parse(source)

@@ -12,6 +12,9 @@ import yaml
 from mtrain.cli import add_recipe_arguments, split_words
 from mtrain.recipe import Recipe, load_recipe
 
+# Bytes of a head's table of blocks beyond which a warning is due.
+BLOCK_TABLE = 4 << 20
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -70,6 +73,14 @@ def warnings(recipe: Recipe) -> list[str]:
     if attention.pattern != "dense" and attention.sink + attention.local >= train.seq_len:
         found.append(
             f"sink {attention.sink} + local {attention.local} cover all {train.seq_len} tokens: attention is dense"
+        )
+    chunk = attention.chunk or attention.block
+    if attention.pattern == "moba" and attention.top_k * chunk >= train.seq_len:
+        found.append(f"top_k {attention.top_k} chunks of {chunk} cover all {train.seq_len} tokens: attention is dense")
+    if attention.pattern in ("xattention", "moba") and blocks**2 > BLOCK_TABLE:
+        found.append(
+            f"{attention.pattern} keeps a table of {blocks} x {blocks} blocks for every head of every layer, "
+            f"{blocks**2 / 2**20:,.0f} MiB each: raise attention.block"
         )
     if ring > 1 and attention.layout == "contiguous":
         found.append(

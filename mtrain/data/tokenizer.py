@@ -58,6 +58,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer: {name!r} has no fast version (tokenizer.json); convert it once, or use `bytes`")
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        # Some families (Qwen2) build a tokenizer from config.json alone; it knows no word and says nothing.
+        raise DataError(
+            f"tokenizer: {name!r} has no vocabulary (its tokenizer.json is missing); give a directory with tokenizer.json, a "
+            "hub id, or `bytes`"
+        )
     return tokenizer
 
 

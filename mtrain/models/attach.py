@@ -56,7 +56,7 @@ def attach(model: PreTrainedModel, attention: AttentionRecipe, ring: Ring, layou
         )
     check_rope(model)
     detach(model)
-    _own_config(model)
+    own_config(model)
     model.set_attn_implementation(NAME)
     context = RingContext(attention, ring, layout, int(model.config.num_hidden_layers))
     decoder: Any = model.base_model
@@ -81,7 +81,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def own_config(model: PreTrainedModel) -> None:
     """A config of the model's own: two models built from one config object would switch attention together."""
     copies: dict[int, PreTrainedConfig] = {}
     for module in model.modules():

@@ -222,7 +222,8 @@ class RingContext:
             ``density``: mean over layers, heads and rows; ``density_per_layer``: list. ``tile_density``: computed tile
             area over causal area. ``work``: float64 [W, steps + 1] as in `mtrain.balance.work.work`, summed over
             layers, with its ``worker_imbalance`` and ``step_imbalance``. If recall was measured: ``recall`` and
-            ``recall_per_layer``.
+            ``recall_per_layer``, and ``reach`` and ``reach_any_head``, lists by distance (see
+            `mtrain.patterns.reach_by_distance`), means over layers.
         """
         return statistics(self.latest)
 

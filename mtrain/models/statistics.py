@@ -9,10 +9,14 @@ from torch import Tensor
 
 from mtrain.balance.work import block_cost, imbalance, tile_density, work
 from mtrain.errors import ModelError
+from mtrain.patterns.reach import reach_by_distance, scattered_rows
 from sparse_kernels import SparsePattern
 
 if TYPE_CHECKING:
     from mtrain.models.context import MicroBatch
+
+# Queries whose pairs are counted by distance.
+REACH_ROWS = 64
 
 
 def statistics(batch: MicroBatch) -> dict[str, Any]:
@@ -36,6 +40,9 @@ def statistics(batch: MicroBatch) -> dict[str, Any]:
         per_layer = [float(batch.recall[layer]) for layer in sorted(batch.recall)]
         result["recall_per_layer"] = per_layer
         result["recall"] = sum(per_layer) / len(per_layer)
+        rows = scattered_rows(patterns[0].seq_len, REACH_ROWS)
+        reach = torch.stack([reach_by_distance(pattern, rows, doc_start=doc_start) for pattern in patterns]).mean(0)
+        result["reach"], result["reach_any_head"] = reach.tolist()
     return result
 
 

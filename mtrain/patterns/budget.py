@@ -112,7 +112,11 @@ def smallest_cover(scores: Tensor, p: float, floor: int = 0, cap: int | None = N
     Equal scores: lower index first. No host synchronisation, static shapes.
     """
     # For integers, sum >= p * total and sum >= ceil(p * total) say the same.
-    target = (scores.sum(-1, keepdim=True).double() * p).ceil().long()
+    return cover_to(scores, (scores.sum(-1, keepdim=True).double() * p).ceil().long(), floor, cap)
+
+
+def cover_to(scores: Tensor, target: Tensor, floor: int = 0, cap: int | None = None) -> Tensor:
+    """`smallest_cover` with the sum to reach, int64 [..., 1] >= 0, in place of a share; 0 needs nothing."""
     if _has_kernels(scores.device):
         limits = (torch.full_like(target, n) for n in (floor, scores.shape[-1] if cap is None else cap))
         return _choose(scores, target, *limits)

@@ -30,8 +30,13 @@ class Selection:
     @classmethod
     def unpack(cls, packed: Tensor, seq_len: int, num_blocks: int) -> Selection:
         """Inverse of `pack`."""
-        bits = unpack_bits(packed, seq_len + num_blocks)
+        bits = unpack_bits(packed, cls.bits(seq_len, num_blocks))
         return cls(bits[..., :seq_len], bits[..., seq_len:])
+
+    @staticmethod
+    def bits(seq_len: int, num_blocks: int) -> int:
+        """Bits of a head."""
+        return seq_len + num_blocks
 
     def pattern(
         self, documents: Documents, block: int, *, sink: int, local: int, most_columns: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,44 +12,29 @@ from mtrain.comm import Ring
 from mtrain.errors import CheckpointError, MtrainError
 from mtrain.layout import RingLayout
 from mtrain.patterns.a_shape import a_shape_of
+from mtrain.patterns.base import Choice, Pattern, Site
 from mtrain.patterns.budget import Budget, Coverage, TopK
 from mtrain.patterns.dense import dense_pattern
 from mtrain.patterns.documents import Documents
 from mtrain.patterns.index import Selection
+from mtrain.patterns.moba import MobaPattern
 from mtrain.patterns.placement import Placement
+from mtrain.patterns.random_columns import RandomColumnsPattern
 from mtrain.patterns.vertical_slash import select_vertical_slash
+from mtrain.patterns.xattention import XAttentionPattern
 from mtrain.recipe.schema import AttentionRecipe, CoverageBudget, TopKBudget
 from sparse_kernels import SparsePattern
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One micro-batch as seen from this rank, the same object for all its layers (scale None: D^-0.5)."""
-
-    documents: Documents
-    placement: Placement
-    scale: float | None = None
-
-
-class Pattern(Protocol):
-    """A member of the registry."""
-
-    def index(self, q: Tensor, k: Tensor, site: Site, kept: Selection | None) -> tuple[SparsePattern, Selection | None]:
-        """The pattern of one layer, and what may be kept for later steps (None: nothing was estimated).
-
-        Args:
-            q, k: this rank's shards [B, n, H, D] and [B, n, K, D] after rotary embedding.
-            kept: an earlier answer to use instead of a new estimate.
-        """
 
 
 class DensePattern:
     """Every causal pair."""
 
+    keeps = None
+
     def __init__(self, recipe: AttentionRecipe) -> None:
         del recipe
 
-    def index(self, q: Tensor, k: Tensor, site: Site, kept: Selection | None) -> tuple[SparsePattern, Selection | None]:
+    def index(self, q: Tensor, k: Tensor, site: Site, kept: Choice | None) -> tuple[SparsePattern, Choice | None]:
         """See `Pattern`."""
         placement = site.placement
         return dense_pattern(q.shape[0], q.shape[2], placement.seq_len, placement.block, q.device), None
@@ -59,11 +43,13 @@ class DensePattern:
 class AShapePattern:
     """Sinks of each document and a local band; made once per micro-batch."""
 
+    keeps = None
+
     def __init__(self, recipe: AttentionRecipe) -> None:
         self.recipe = recipe
         self._made: tuple[Site, tuple[int, int], SparsePattern] | None = None
 
-    def index(self, q: Tensor, k: Tensor, site: Site, kept: Selection | None) -> tuple[SparsePattern, Selection | None]:
+    def index(self, q: Tensor, k: Tensor, site: Site, kept: Choice | None) -> tuple[SparsePattern, Choice | None]:
         """See `Pattern`."""
         shape, recipe = (q.shape[0], q.shape[2]), self.recipe
         if self._made is None or self._made[0] is not site or self._made[1] != shape:
@@ -82,11 +68,13 @@ class VerticalSlashPattern:
     into the row since.
     """
 
+    keeps = Selection
+
     def __init__(self, recipe: AttentionRecipe) -> None:
         self.recipe = recipe
         self.budget = budget_of(recipe.budget)
 
-    def index(self, q: Tensor, k: Tensor, site: Site, kept: Selection | None) -> tuple[SparsePattern, Selection | None]:
+    def index(self, q: Tensor, k: Tensor, site: Site, kept: Choice | None) -> tuple[SparsePattern, Choice | None]:
         """See `Pattern`."""
         recipe = self.recipe
         if kept is None:
@@ -101,6 +89,7 @@ class VerticalSlashPattern:
                 share=recipe.share,
                 scale=site.scale,
             )
+        assert isinstance(kept, Selection)
         pattern = kept.pattern(
             site.documents,
             site.placement.block,
@@ -115,6 +104,9 @@ class VerticalSlashPattern:
 PATTERNS: dict[str, Callable[[AttentionRecipe], Pattern]] = {
     "vertical_slash": VerticalSlashPattern,
     "a_shape": AShapePattern,
+    "xattention": XAttentionPattern,
+    "moba": MobaPattern,
+    "random_columns": RandomColumnsPattern,
     "dense": DensePattern,
 }
 
@@ -228,21 +220,28 @@ class PatternPlan:
             step, block = (int(x) for x in state[f"{head}.made"])
             self._kept[int(layer), int(seq_len)] = _Kept(step, block, bits)
 
-    def _usable(self, key: tuple[int, int], q: Tensor, placement: Placement, step: int | None) -> Selection | None:
+    def _usable(self, key: tuple[int, int], q: Tensor, placement: Placement, step: int | None) -> Choice | None:
         """What is kept for this layer, unless a new estimate is due; None as a step is never due."""
-        kept, every = self._kept.get(key), self.recipe.refresh_every
-        if kept is None or kept.block != placement.block or every == 1:
+        kept, every, keeps = self._kept.get(key), self.recipe.refresh_every, self.pattern.keeps
+        if kept is None or keeps is None or kept.block != placement.block or every == 1:
             return None
         if step is not None and every and not kept.step <= step < kept.step + every:
             return None
         if kept.bits.shape[1] != q.shape[2]:
             raise CheckpointError(f"the kept patterns are for {kept.bits.shape[1]} heads; the model has {q.shape[2]}")
+        expected = -(-keeps.bits(placement.seq_len, placement.num_blocks) // 8)
+        if kept.bits.shape[2] != expected:
+            raise CheckpointError(
+                f"the kept patterns hold {kept.bits.shape[2]} bytes per head, those of {self.recipe.pattern} at "
+                f"{placement.seq_len} tokens {expected}: they were made by another attention.pattern; set "
+                "attention.refresh=every_step, or go on with the pattern that made them"
+            )
         # A batch of another size re-uses the rows in turn.
         rows = [row % kept.bits.shape[0] for row in range(q.shape[0])]
         bits = kept.bits.to(q.device)
         if rows != list(range(kept.bits.shape[0])):
             bits = torch.stack([bits[row] for row in rows])
-        return Selection.unpack(bits, placement.seq_len, placement.num_blocks)
+        return keeps.unpack(bits, placement.seq_len, placement.num_blocks)
 
     def _site_of(
         self, length: int, doc_start: Tensor | None, ring: Ring | None, layout: RingLayout | None, scale: float | None

@@ -82,13 +82,13 @@ def _lse_sides(
         part = k[:, first : first + CHUNK].to(queries.dtype).permute(0, 2, 3, 1)[:, :, None]
         logits = (queries @ part).flatten(1, 2)  # [B, H, n, c]
         seen = (key <= rows[:, None]) & (key >= start[:, None, :, None]) & (key < pattern.seq_len)
-        for side, mask in enumerate((seen & _chosen(pattern, rows, key), seen)):
+        for side, mask in enumerate((seen & chosen_pairs(pattern, rows, key), seen)):
             found = logits.masked_fill(~mask, -torch.inf).logsumexp(-1)
             sides[side] = torch.logaddexp(sides[side], found)
     return sides
 
 
-def _chosen(pattern: SparsePattern, rows: Tensor, key: Tensor) -> Tensor:
+def chosen_pairs(pattern: SparsePattern, rows: Tensor, key: Tensor) -> Tensor:
     """bool [B, H, n, c]: does the pattern hold the pair, causality and documents aside?"""
     assert pattern.columns is not None
     size, last = pattern.seq_len, pattern.num_blocks - 1

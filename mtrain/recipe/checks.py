@@ -122,10 +122,32 @@ def check_attention(attention: schema.AttentionRecipe) -> None:
     at_least(attention, 1, "block", "probe")
     at_least(attention, 0, "sink", "local", "probe_spread")
     at_least(attention, 0, "dense_first_layers", "dense_last_layers", "dense_warmup_steps")
+    at_least(attention, 1, "stride", "chunk", "top_k")
+    if not 0 < attention.threshold <= 1:
+        raise FieldError(
+            "threshold", f"is a share of the attention mass, greater than 0 and at most 1; got {attention.threshold}"
+        )
+    _check_pattern(attention)
     if attention.backend != "auto":
         from sparse_kernels.backends import _FACTORIES  # the registry; naming a backend imports none of them
 
         one_of("backend", attention.backend, tuple(_FACTORIES), also=", or auto")
+
+
+def _check_pattern(attention: schema.AttentionRecipe) -> None:
+    """What only one pattern asks of the others' keys."""
+    pattern, block = attention.pattern, attention.block
+    if pattern == "xattention" and block % attention.stride:
+        raise FieldError("stride", f"must divide block {block} for xattention, got {attention.stride}")
+    if pattern == "moba" and attention.chunk is not None and attention.chunk % block:
+        nearest = max(1, round(attention.chunk / block)) * block
+        raise FieldError("chunk", f"must be a multiple of block {block} for moba, got {attention.chunk}; try {nearest}")
+    if pattern == "random_columns" and attention.budget.kind != "topk":
+        raise FieldError(
+            "budget", "must be of kind topk for random_columns, for example {kind: topk, columns: 64, slashes: 8}"
+        )
+    if pattern in ("xattention", "moba") and attention.share is not None:
+        raise FieldError("share", f"belongs to vertical_slash; {pattern} chooses blocks for every query head")
 
 
 def check_parallel(parallel: schema.ParallelRecipe) -> None:

@@ -102,14 +102,18 @@ class RefreshEvery:
 class AttentionRecipe:
     """Which keys a query may see, who owns which tokens and who computes it."""
 
-    pattern: Literal["vertical_slash", "dense", "a_shape"] = "vertical_slash"
+    pattern: Literal["vertical_slash", "dense", "a_shape", "xattention", "moba", "random_columns"] = "vertical_slash"
     block: int = 64  # b, tokens per block: unit of layout and pattern
-    budget: CoverageBudget | TopKBudget = CoverageBudget()  # vertical_slash only
-    sink: int = 16  # first tokens of each document that every later token sees
+    budget: CoverageBudget | TopKBudget = CoverageBudget()  # vertical_slash; random_columns (topk only)
+    stride: int = 16  # xattention only: tokens per group of an antidiagonal sum; divides block
+    threshold: float = 0.9  # xattention only: share of a query block's estimated attention, 0 < threshold <= 1
+    chunk: int | None = None  # moba only: tokens per chunk, a multiple of block; default: one block
+    top_k: int = 8  # moba only: chunks per query block, its own included
+    sink: int = 16  # first tokens of each document that every later token sees (xattention, moba: their whole blocks)
     local: int = 128  # token distances 0..local that are always seen
-    probe: int = 64  # last query rows whose attention is measured to estimate the pattern
+    probe: int = 64  # vertical_slash only: last query rows whose attention is measured to estimate the pattern
     probe_spread: int = 0  # so many more groups of probe rows, spread evenly over the sequence
-    share: Literal["kv_head"] | None = None  # kv_head: the query heads of one key/value head share a pattern
+    share: Literal["kv_head"] | None = None  # vertical_slash only; the query heads of a key/value head share a pattern
     refresh: Literal["every_step", "frozen"] | RefreshEvery = "every_step"  # or {every: k}; frozen: estimated once
     dense_first_layers: int = 0
     dense_last_layers: int = 0

@@ -147,6 +147,10 @@ def test_warnings(plain: str) -> None:
     )  # fmt: skip
     for words in ("8 blocks for 9 ranks", "attention is dense", "first rank nearly idle", "1/256", "loses all of 1001"):
         assert any(words in warning for warning in found), (words, found)
+    (found,) = warnings(load_recipe(plain, ["attention={pattern: moba, top_k: 4, chunk: 128}"]))
+    assert "top_k 4 chunks of 128 cover all 512" in found
+    found = warnings(load_recipe(plain, ["attention.pattern=xattention", "train.seq_len=512K"]))
+    assert any("table of 8192 x 8192 blocks" in warning for warning in found)
 
 
 def test_doctor_reports_versions_backends_and_processes(

@@ -115,6 +115,13 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+def test_a_config_alone_is_no_tokenizer(tmp_path: Path) -> None:
+    """transformers makes one without a vocabulary for some families, which would turn every text into nothing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(DataError, match="has no vocabulary"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_code_beside_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")

@@ -263,7 +263,7 @@ def test_plan_follows_layers_and_warm_up() -> None:
     assert same(plan.index(1, q, k, step=3), estimated(q, k))
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", ["dense", "a_shape", "vertical_slash"])  # the others: test_block_patterns.py
 def test_plan_gives_the_pattern_of_its_name_with_documents_and_in_a_ring(name: str) -> None:
     q, k = random_qk(90, batch=2, seed=3)
     doc_start = random_documents(2, 90, 3)
@@ -373,8 +373,8 @@ def test_bad_plans_and_states() -> None:
     with pytest.raises(CheckpointError, match="for 4 heads; the model has 2"):
         plan.index(0, *random_qk(70, heads=2, kv_heads=1))
     broken = dataclasses.replace(recipe())
-    object.__setattr__(broken, "pattern", "moba")
-    with pytest.raises(MtrainError, match="unknown pattern 'moba'"):
+    object.__setattr__(broken, "pattern", "mobo")
+    with pytest.raises(MtrainError, match="unknown pattern 'mobo'"):
         PatternPlan(broken, 1)
 
 

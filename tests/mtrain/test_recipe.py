@@ -162,7 +162,7 @@ def test_overrides_reach_sections_lists_and_missing_places(write: Any) -> None:
         ("atention.block=1", "unknown key 'atention'; did you mean 'attention'?"),
         ("attention.patern=dense", "did you mean 'attention.pattern'?"),
         ("train.layout=striped", "did you mean 'attention.layout'?"),
-        ("attention.pattern=densse", "must be one of vertical_slash, dense, a_shape; got densse"),
+        ("attention.pattern=densse", "must be one of vertical_slash, dense, a_shape, xattention, moba, random_columns; got densse"),
         ("attention.backend=cup", "unknown name 'cup'; did you mean 'cpu'?"),
         ("train.lr=fast", "train.lr must be a number (1e-5 is fine); got fast"),
         ("train.lr='1e-5'", "train.lr must be a number (1e-5 is fine); got the text '1e-5'"),
