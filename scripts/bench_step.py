@@ -59,6 +59,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.error("--add needs the path of a JSON that is there: --write or --out")
     if options.tiny and options.write:
         parser.error("--write is for measurements, and a tiny run is none; use --out")
+    options.command = " ".join(["python scripts/bench_step.py", *(sys.argv[1:] if given is None else given)])
     options.lengths = options.lengths or (TINY_LENGTHS if options.tiny else LENGTHS)
     options.densities = options.densities or (TINY_DENSITIES if options.tiny else DENSITIES)
     return options
@@ -102,7 +103,7 @@ def compare(settings: Any, options: argparse.Namespace) -> int:
     known = before["facts"][0]["dense"] if before["facts"] else None
     at = min(max(options.lengths), 256 if options.tiny else 1 << 16)
     dense, trials = contestants.choose_dense(settings, at, known)
-    facts: dict[str, Any] = {**report.environment(settings, dense.name), "lengths": []}
+    facts = report.environment(settings, dense.name, options.command)
     odd = sorted({key for key in report.SAME for fact in before["facts"] if fact[key] != facts[key]})
     if odd:
         print(f"{options.out}.json was made with another {', '.join(odd)}; measure all lengths anew", file=sys.stderr)
@@ -118,30 +119,28 @@ def compare(settings: Any, options: argparse.Namespace) -> int:
         for kind in options.budgets:
             for density in options.densities:
                 makers[f"{kind} {density:.0%}"] = functools.partial(budgets.contestant, kind, density)
+        measured: list[dict[str, Any]] = []
         for records in measure.run(bench, options.lengths, makers, measure.Effort(options.rounds, options.seconds)):
             for record in records:
                 if "density" in record:
                     record["flop"] = report.step_flop(settings.config, record["length"], record["density"])
-            everything = merged(before, facts, records)
-            everything.update(check=checked, dense=trials)
+            measured += records
+            everything = {**merged(before, facts, measured), "check": checked, "dense": trials}
             text = report.markdown(everything, tiny=options.tiny)
             write(options.out, text, everything)
-            before = everything
             print(f"done: {records[0]['length']} tokens", flush=True)
     print(text)
     return 0
 
 
 def merged(before: dict[str, Any], facts: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What there was with the records of one more length; those of the same length, and who made them, are replaced."""
-    length = records[0]["length"]
-    others = [{**fact, "lengths": [n for n in fact["lengths"] if n != length]} for fact in before["facts"]]
-    mine = facts
-    if others and others[-1]["made"] == facts["made"] and others[-1]["command"] == facts["command"]:
-        mine = others.pop()
-    mine = {**mine, "lengths": [*mine["lengths"], length]}
-    results = [record for record in before["results"] if record["length"] != length]
-    return {"facts": [fact for fact in others if fact["lengths"]] + [mine], "results": results + records}
+    """What there was and the records of this run; earlier ones of the same lengths, and who made them, are replaced."""
+    new = sorted({record["length"] for record in records})
+    others = [{**fact, "lengths": [n for n in fact["lengths"] if n not in new]} for fact in before["facts"]]
+    return {
+        "facts": [*(fact for fact in others if fact["lengths"]), {**facts, "lengths": new}],
+        "results": [*(record for record in before["results"] if record["length"] not in new), *records],
+    }
 
 
 def write(path: Path | None, text: str, everything: dict[str, Any]) -> None:

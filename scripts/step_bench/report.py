@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
-import sys
 from importlib import metadata, util
 from typing import Any
 
@@ -27,19 +26,19 @@ NOTES = (
     "- Parts: laps between marks at the boundaries (CUDA events, read after the step). Attention forward holds its recomputation;",
     "  rest is embedding, projections, MLP, norms, RoPE, their recomputation and backward, and the stepper's own waits.",
     "- Biases of q and k are drawn wide, so that distances and keys differ and there is something to estimate. Budgets are",
-    "  searched for the density asked; the density shown is that of the measured step: allowed over causal pairs (computed tile area).",
+    "  searched for the density asked; the one shown is that of the measured step: allowed over causal pairs (tile area).",
 )
 # What must be the same for results of two commands to stand in one table.
 SAME = ("device", "driver", "torch", "triton", "model", "precision", "sizes")
 
 
-def environment(settings: Settings, dense: str) -> Record:
+def environment(settings: Settings, dense: str, command: str) -> Record:
     """What the figures were made with."""
     cuda = settings.device.type == "cuda"
     config = settings.config
     return {
         "made": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python scripts/bench_step.py", *sys.argv[1:]]),
+        "command": command,
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)",
         "driver": _driver() if cuda else None,
         "cuda": torch.version.cuda,

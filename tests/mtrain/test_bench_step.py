@@ -40,7 +40,7 @@ def test_rows_parts_and_files(tmp_path, capsys):
         ("dense", 256), ("topk 50%", 256), ("dense", 320), ("topk 50%", 320),
     ]  # fmt: skip
     assert [fact["lengths"] for fact in written["facts"]] == [[256], [320]]
-    again = bench_step.merged(written, {**written["facts"][0], "made": "later", "lengths": []}, written["results"][:2])
+    again = bench_step.merged(written, written["facts"][0], written["results"][:2])
     assert [fact["lengths"] for fact in again["facts"]] == [[320], [256]] and len(again["results"]) == 4
     for record in written["results"]:
         assert record["tokens_per_s"] == pytest.approx(record["length"] / record["step_s"])
