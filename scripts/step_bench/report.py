@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scripts.step_bench.bench import Settings
+from scripts.step_bench.check import COMPARED
 from scripts.step_bench.laps import PARTS
 from scripts.step_bench.measure import longest
 
@@ -139,8 +140,7 @@ def _trials(trials: list[Record]) -> str:
 
 
 def _checked(found: Record) -> str:
-    loss, norm = found["full"]
-    control = "{:.1e} / {:.1e}".format(*found["control"])
+    full, allowed, control = (" / ".join(f"{x:.1e}" for x in found[key]) for key in ("full", "tolerance", "control"))
     learned = "; ".join(
         f"{key.removesuffix(' learns')} {before:.4f} to {after:.4f}"
         for key, value in found.items() if key.endswith(" learns") for before, after in [value]
@@ -150,9 +150,8 @@ def _checked(found: Record) -> str:
         for name, counts in found["waits"].items() if counts
     )  # fmt: skip
     return (
-        f"loss and gradient norm of the sparse step with a full budget are {loss:.1e} and {norm:.1e} off the dense step (allowed "
-        f"{found['tolerance'][0]:g} and {found['tolerance'][1]:g}; a budget of density {found['control_density']:.2f} is off by "
-        f"{control}); losses before and after one step: {learned}{waits}"
+        f"{', '.join(COMPARED)} of the sparse step with a full budget are {full} off the dense step (allowed {allowed}; with a "
+        f"budget of density {found['control_density']:.2f} {control}); losses before and after one step: {learned}{waits}"
     )
 
 
