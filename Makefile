@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart eval-quick test test-cpu test-interpret test-compile check lint format gpu sanitize exactness bench parity clean
+.PHONY: help env quickstart eval-quick test test-cpu test-interpret test-compile check lint format gpu gpu-tune gpu-ring gpu-step sanitize exactness bench parity clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,9 +73,18 @@ format: env ## wrap and sort as ruff does
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-gpu: env ## everything that needs a CUDA device: the tests, then the benchmark of the kernels
+gpu: env ## on a CUDA device: its tests, then the benchmark of the kernels (gpu-tune, gpu-ring and gpu-step measure more)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
 	$(BIN)/python scripts/bench_kernels.py $(BENCH_ARGS)
+
+gpu-tune: env ## on a CUDA device: other launch shapes against those of the kernels' table
+	$(BIN)/python scripts/tune_kernels.py $(BENCH_ARGS)
+
+gpu-ring: env ## on a CUDA device: one attention layer of a 4 x 8 ring, rank by rank, and what clusters would make of it
+	$(BIN)/python scripts/ring_trace.py $(BENCH_ARGS)
+
+gpu-step: env ## on a CUDA device: a whole training step, dense against vertical-slash
+	$(BIN)/python scripts/bench_step.py $(BENCH_ARGS)
 
 sanitize: env ## every GPU kernel on a small case under compute-sanitizer (comes with the CUDA toolkit)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m tests.gpu.small_case

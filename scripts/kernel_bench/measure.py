@@ -228,7 +228,7 @@ def index_cost(pattern: SparsePattern, tensors: tuple[Tensor, ...], settings: Se
         **spent,
         "index_bytes": size,
         "index_share": size / whole,
-        "host_syncs": host_syncs(pattern, tensors, settings),
+        "host_syncs": host_syncs(estimate, tensors, settings),
     }
 
 

@@ -15,7 +15,7 @@ from mtrain.layout import RingLayout
 from mtrain.topology import RingTopology
 from scripts.kernel_bench.cases import Shape, inputs, vertical_slash
 from scripts.ring_trace_parts.replay import AFTER, BEFORE, COLUMNS, Label, RankRun, World, compilations, run_rank
-from sparse_kernels import ShardView, SparsePattern, backends, reference_attention
+from sparse_kernels import ShardView, SparsePattern, backends, reference_attention, resolve_backend
 from sparse_kernels.accuracy import dense_by_rows, two_rules
 
 FLOP_FORMULA = (
@@ -179,10 +179,10 @@ def trace(case: Case, topology: RingTopology, backend: str, device: torch.device
             run = _settled(rank, q, dout, world, pattern, backend)
             taken.append(RankRun(run.forward, run.backward, out=q[:0], dq=q[:0]))
         rounds += 1
-    shard = world.shards[0][0]
+    shard, name = world.shards[0][0], resolve_backend(backend, device, q.dtype, q.shape[-1]).name
     rows = 0 if world.rows is None else world.rows.numel()
     return {
-        **asdict(case), "backend": backend, "outer": topology.outer, "inner": topology.inner, "rounds": rounds,
+        **asdict(case), "backend": name, "outer": topology.outer, "inner": topology.inner, "rounds": rounds,
         "tile_density": density, "cells": cells, "area": areas.sum().item(), "area_imbalance": imbalance(areas),
         "kv_bytes": 2 * shard.numel() * shard.element_size(), "gradient_bytes": 2 * shard.numel() * 4,
         "row_bytes": rows * shard.element_size(), "row_gradient_bytes": rows * 4,
@@ -213,21 +213,20 @@ def _table(times: list[list[dict[Label, float]]]) -> Record:
     return table
 
 
-def quickest_dense(model: str, length: int, topology: RingTopology, device: torch.device) -> list[str]:
-    """The backends that can run dense patterns here, quickest first at a rank's share: who sparse has to beat."""
-    shape = MODELS[model].shape
+def quickest_dense(case: Case, topology: RingTopology, device: torch.device) -> list[str]:
+    """The backends that can run a dense case here, quickest first at the last rank's share: who sparse has to beat."""
+    shape, length = case.shape, case.length
     found = backends(device, torch.bfloat16, shape.head_dim)
     usable = [name for name, reason in found.items() if reason is None and name != "reference"]
     if len(usable) == 1:
         return usable
-    case = Case(model, length, 1.0, "zigzag")
-    pattern, _ = vertical_slash(shape, length, 1.0)
+    pattern, _ = vertical_slash(shape, length, case.density)
     layout, pattern = layout_of(case, pattern, topology), pattern.to(device)
     q, k, v, dout = (t.detach() for t in inputs(shape, length, device))
     world = World.of(k, v, pattern, layout, topology, collect=False)
     spent = {}
     for name in usable:
-        taken = [run_rank(0, q, dout, world, pattern, name) for _ in range(3)][1:]
+        taken = [run_rank(topology.world_size - 1, q, dout, world, pattern, name) for _ in range(3)][1:]
         spent[name] = min(sum(run.forward.values()) + sum(run.backward.values()) for run in taken)
     return sorted(usable, key=lambda name: spent[name])
 

@@ -266,7 +266,7 @@ def run_rank(rank: int, q: Tensor, dout: Tensor, world: World, pattern: SparsePa
     leaves = [x.detach().requires_grad_() for x in (world.layout.shard(q, rank, 1), *world.shards[rank])]
     mine = world.layout.shard(dout, rank, 1)
     ring.begin("forward", clocks[0])
-    out = ring_attention(*leaves, pattern, ring=ring, layout=world.layout, backend=backend)
+    out = ring_attention(leaves[0], leaves[1], leaves[2], pattern, ring=ring, layout=world.layout, backend=backend)
     ring.end()
     assert isinstance(out, Tensor)
     ring.begin("backward", clocks[1])

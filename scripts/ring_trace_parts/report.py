@@ -79,8 +79,8 @@ EXPLANATION = """Measured: the local work of one attention layer (bf16, batch 1)
 mtrain's own ring loop over a ring that answers from memory: index, kernels and sums of gradients, without transfers and waiting.
 TFLOP/s and imbalance in time are of these times (worker = busiest rank's sum over the mean; step = sum over steps of the slowest
 rank, over the mean). Balanced is solved for the very pattern that is measured. Patterns: sinks, a local band, random slashes and
-columns (scripts/kernel_bench/cases.py), every query head with its own; dense runs on the quickest dense backend that passes the
-check.
+columns (scripts/kernel_bench/cases.py), every query head with its own; dense runs on the backend that is
+quickest in that layout and passes the check.
 
 Modelled: time of the layer on a cluster, from these times and the speeds of the links (scripts/ring_trace_parts/model.py).
 Exposed = share of the layer's time that would vanish if links cost nothing. Training step = all layers with recomputation of
