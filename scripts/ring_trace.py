@@ -71,6 +71,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--resume", action="store_true", help="keep the cases of the file, measured with the same kernels"
     )
     options = parser.parse_args(given)
+    if options.smoke and options.write:
+        parser.error(
+            "--smoke measures nothing, so there is nothing to --write into benchmarks/; --out PATH shows the files"
+        )
     options.command = "python scripts/ring_trace.py " + shlex.join(sys.argv[1:] if given is None else given)
     options.models = options.models or (["tiny"] if options.smoke else ["qwen2.5-3b", "llama-3.1-8b"])
     options.lengths = options.lengths or ([SHORT] if options.smoke else [1 << 17, 1 << 19, 1 << 20])

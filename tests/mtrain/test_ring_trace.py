@@ -118,6 +118,19 @@ def test_a_slow_rank_delays_its_neighbours_only_as_far_as_they_need_its_data() -
     assert done.tolist() == [6.0, 5.0, 4.0, 5.0]
 
 
+def test_stated_links() -> None:
+    """Hierarchical, all eight GPUs of a node send to the next node at once; flat, only the last one does."""
+    hdr, ndr = model.clusters("gpu", "NVIDIA H200")
+    assert (hdr.slower, ndr.slower) == (989 / 312, 1.0)
+    two, flat, size = RingTopology(4, 8), RingTopology(1, 32), 300e9
+    assert set(hdr.seconds(two, "inner", size)) == {1.0} and set(hdr.seconds(two, "outer", size)) == {12.0}
+    assert hdr.seconds(flat, "inner", size)[6:9].tolist() == [1.0, 12.0, 1.0]
+    assert hdr.all_reduce(32, size) == 2 * 31 / 32 * size / 200e9
+    one_card = model.clusters("node", "an unknown device")[0]
+    assert one_card.slower == 1.0 and set(one_card.seconds(two, "outer", size)) == {96.0}
+    assert one_card.seconds(flat, "inner", size)[6:9].tolist() == [1.0, 12.0, 1.0]
+
+
 def test_flat_order_is_the_same_work() -> None:
     two, flat = RingTopology(2, 2), RingTopology(1, 4)
     # The time of rank r on shard o is 10 r + o milliseconds.
@@ -181,6 +194,11 @@ def test_a_wrong_result_shows_no_time(
     assert ring_trace.main(arguments) == 1
     text = capsys.readouterr().out
     assert "WRONG RESULTS" in text and "ms" not in text.split() and not list(tmp_path.iterdir())
+
+
+def test_a_smoke_run_never_reaches_the_benchmarks() -> None:
+    with pytest.raises(SystemExit):
+        ring_trace.arguments(["--smoke", "--write"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure on")
