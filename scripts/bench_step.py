@@ -128,7 +128,7 @@ def compare(settings: Any, options: argparse.Namespace) -> int:
             everything = {**merged(before, facts, measured), "check": checked, "dense": trials}
             text = report.markdown(everything, tiny=options.tiny)
             write(options.out, text, everything)
-            print(f"done: {records[0]['length']} tokens", flush=True)
+            print(report.progress(records), flush=True)
     print(text)
     return 0
 

@@ -14,9 +14,10 @@ from scripts.step_bench.contestants import budget_of
 
 Record = dict[str, Any]
 COMPARED = ("loss", "gradient norm", "gradient")
-# Largest relative difference of loss, gradient norm and the gradient itself (norm of the difference over all parameters). Two
-# dense kernels in bf16 are 1e-5, 1e-3 and 7e-3 apart in 24 layers (on the CPU), 2 % more attention 2e-2, half a mask 5e-1.
-TOLERANCE = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 3e-2)}
+# Largest relative difference of loss, gradient norm and the gradient itself (norm of the difference over all parameters). On the
+# CPU, at full width and depth, two exact kernels were 3e-5, 9e-4 and 3.5e-2 apart in bf16 (wide biases: the softmax magnifies the
+# rounding of q and k), 1e-7, 8e-8 and 3e-6 in fp32; a budget of a third of the pairs was 2e-3, 8e-2 and 1.3 away.
+TOLERANCE = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 0.12)}
 LEARNING_RATE = 1e-4
 CONTROL = 0.05
 

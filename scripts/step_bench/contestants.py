@@ -31,7 +31,9 @@ def choose_dense(settings: Settings, length: int, known: str | None = None) -> t
     """
     heads, kv_heads = (int(settings.config[f"num_{x}_heads"]) for x in ("attention", "key_value"))
     tensors = inputs(Shape(heads, kv_heads, settings.head_dim, settings.block), length, settings.device)
-    candidates = {name: (attend, None) for name, attend in contestants.dense(settings.device).items()}
+    candidates: dict[str, tuple[contestants.Attend, str | None]] = {
+        name: (attend, None) for name, attend in contestants.dense(settings.device).items()
+    }
     for name, reason in backends(settings.device, torch.bfloat16, settings.head_dim).items():
         if reason is None and name != "reference":
             pattern = SparsePattern.dense(1, heads, length, settings.block).to(settings.device)

@@ -135,14 +135,11 @@ def device_index_timed(laps: Laps) -> Iterator[None]:
         return
     before = {name: DeviceIndex.__dict__[name] for name in ("__init__", "tiles", "columns", "column_tile_ranges")}
     for name, member in before.items():
-        wrapped: Any = property(laps.timed(ESTIMATION, member.fget)) if isinstance(member, property) else None
-        setattr(DeviceIndex, name, wrapped or _method(laps, member))
+        get = member.fget if isinstance(member, property) else None
+        timed = laps.timed(ESTIMATION, get or member)  # a plain function, so it binds like the method it replaces
+        setattr(DeviceIndex, name, property(timed) if get else timed)
     try:
         yield
     finally:
         for name, member in before.items():
             setattr(DeviceIndex, name, member)
-
-
-def _method(laps: Laps, function: Callable[..., Any]) -> Callable[..., Any]:
-    return laps.timed(ESTIMATION, function)  # a plain function, so it binds like the method it replaces

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,8 +75,8 @@ def measure(
     for key, make in makers.items():
         record: Record = {"key": key, "length": length, "name": key}
         records.append(record)
-        contestant = attempt(bench, lambda make=make: make(batch))
-        step = contestant and attempt(bench, lambda who=contestant: bench.step(who, batch, LEARNING_RATE))
+        contestant = attempt(bench, partial(make, batch))
+        step = contestant and attempt(bench, partial(bench.step, contestant, batch, LEARNING_RATE))
         if not step:
             record["out_of_memory"] = True
             continue
@@ -90,7 +91,7 @@ def measure(
             break
         for record, contestant, steps in turns:
             if not record.get("out_of_memory"):
-                step = attempt(bench, lambda who=contestant: bench.step(who, batch, LEARNING_RATE))
+                step = attempt(bench, partial(bench.step, contestant, batch, LEARNING_RATE))
                 record["out_of_memory"] = step is None  # it fitted once, by luck
                 steps.append(step)
     for (record, _, steps), warmup in zip(turns, warmups, strict=True):

@@ -107,6 +107,15 @@ def markdown(everything: Record, *, tiny: bool) -> str:
     return "\n".join([*lines, ""])
 
 
+def progress(records: list[Record]) -> str:
+    """One line while the benchmark runs."""
+    told = [
+        f"{r['name']} " + ("out of memory" if r.get("out_of_memory") else f"{r['tokens_per_s']:,.0f} tokens/s")
+        for r in records
+    ]
+    return f"done: {_size(records[0]['length'])}: {', '.join(told)}"
+
+
 def _table(records: list[Record], tiny: bool) -> list[str]:
     titles = [
         "attention",

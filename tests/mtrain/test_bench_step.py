@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import replace
@@ -14,8 +15,8 @@ from mtrain.patterns.plan import VerticalSlashPattern
 from scripts import bench_step
 from scripts.step_bench import contestants, measure, report
 from scripts.step_bench.bench import TINY, Bench, Contestant, Settings
-from scripts.step_bench.laps import PARTS, Laps
-from sparse_kernels import resolve_backend
+from scripts.step_bench.laps import PARTS, Laps, device_index_timed
+from sparse_kernels import ShardView, SparsePattern, resolve_backend
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -185,6 +186,19 @@ def test_laps_add_up_and_nest():
     spent = laps.stop()
     assert spent["attention forward"] == 2 and spent["estimation + index"] == 1 and spent["clipping + AdamW"] == 1
     assert sum(spent.values()) == 6
+
+
+def test_the_index_of_the_device_is_estimation():
+    index = pytest.importorskip("sparse_kernels.gpu.index", exc_type=ImportError).DeviceIndex
+    laps, members = Laps(torch.device("cpu")), dict(vars(index))
+    view = ShardView(SparsePattern.dense(1, 2, 64, 16), torch.arange(4), k_blocks=torch.arange(4), inline_columns=True)
+    spent = []
+    for timed in (False, True):
+        laps.start()
+        with device_index_timed(laps) if timed else contextlib.nullcontext():
+            assert index(view, torch.device("cpu")).columns.counts.shape == (1, 2)
+        spent.append(laps.stop()["estimation + index"])
+    assert spent[0] == 0 < spent[1] and dict(vars(index)) == members
 
 
 def test_flop_of_a_step():
