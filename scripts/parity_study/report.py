@@ -166,7 +166,7 @@ def _reading(found: Results) -> list[str]:
         losses = [
             sum(values) / len(values)
             for values in (
-                over_seeds(found, name, lambda result, name=name: result["evaluations"][name]["held_out_loss"])  # type: ignore[misc]
+                over_seeds(found, name, lambda result, name=name: result["evaluations"][name]["held_out_loss"])
                 for name in (method, "dense")
             )
         ]
@@ -190,7 +190,7 @@ def _masks_table(found: Results) -> list[str]:
             density = over_seeds(
                 found,
                 "dense",
-                lambda result, name=name: result["evaluations"][name]["density"],  # type: ignore[misc]
+                lambda result, name=name: result["evaluations"][name]["density"],
             )
             difference = "" if name == "dense" else _signed(difference_to_dense(found, "dense", name))
             lines.append(f"| {name} | {_mean(density, '{:.2f}', spread=False)} | {_percent(shares)} | {difference} |")
@@ -235,7 +235,7 @@ def _training_table(found: Results) -> list[str]:
                 over_seeds(
                     found,
                     method,
-                    lambda result, method=method: result["evaluations"][method]["never"][-1],  # type: ignore[misc]
+                    lambda result, method=method: result["evaluations"][method]["never"][-1],
                 ),
                 spread=False,
             ),
@@ -262,7 +262,7 @@ def _depth_table(found: Results) -> list[str]:
             shares = over_seeds(
                 found,
                 method,
-                lambda result, method=method, depth=depth: result["evaluations"][method]["by_depth"][depth],  # type: ignore[misc]
+                lambda result, method=method, depth=depth: result["evaluations"][method]["by_depth"][depth],
             )
             cells.append(_percent(shares, spread=False))
         if cells[0]:
