@@ -184,10 +184,12 @@ class Runner:
             if sample is None:
                 if number == 0 and plan.own is None:
                     self._append(cell, {DOES_NOT_FIT: reason})
-                else:
-                    self._say(f"{cell.attention} {cell.task} {cell.length} has no more samples: {reason}")
-                self._progress.advance(cell.length * (len(plan.pending) - number))
-                return
+                    self._progress.advance(cell.length * len(plan.pending))
+                    return
+                # Published questions are of all sizes: one that is too long says nothing of those after it.
+                self._say(f"{cell.attention} {cell.task} {cell.length}, sample {index} is left out: {reason}")
+                self._progress.advance(cell.length)
+                continue
             answer = ask(engine, sample)
             self.asked += 1
             row = make_row(task, sample, answer)
