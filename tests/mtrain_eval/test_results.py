@@ -271,6 +271,11 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, run: Path) -> None:
         ((run / "results.json").read_text()[:-50], "is broken .*run mtrain eval again"),
         ("[1]", "holds no object"),
         ('{"format": 2}', "has format 2, this version reads 1"),
+        (
+            '{"format": 1, "run": {}, "attentions": ["dense"], "tasks": {}, "figures": {}, "does_not_fit": [], "summary": {}, '
+            '"samples": [{}]}',
+            "samples that mtrain eval did not write so",
+        ),
         ('{"format": 1, "run": {}}', "has no attentions, does_not_fit, figures, samples, summary, tasks"),
     ]:
         broken.write_text(text)
