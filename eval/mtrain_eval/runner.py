@@ -98,9 +98,8 @@ def evaluate(
             stack.enter_context(locked(config.output))
             known = {"positions": positions, "ranks": everyone.world_size, **(facts or {})}
             run_directory.open_run(config, made["recipes"], tasks, command=command, facts=known, say=say)
-            for note in (
-                [] if config.tasks else stand_in_notes(tasks, made["options"])
-            ):  # a task that was named has its data
+            # A task that was named has its data, or would have been refused.
+            for note in [] if config.tasks else stand_in_notes(tasks, made["options"]):
                 say(note)
 
         on_first(everyone, open_directory)
