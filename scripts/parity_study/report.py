@@ -123,7 +123,8 @@ def _limits() -> list[str]:
         "## What this does not show",
         "",
         "- The needles are single random tokens, new in every row. Whoever summarises blocks (xattention, moba) meets the worst "
-        "case, and a mask that was frozen on other rows cannot know where the needles are. Text is kinder to all three.",
+        "case, and a mask that was frozen on other rows cannot know where the needles are. Text, where neighbours speak of the "
+        "same thing and heads look at the same places in every row, may be kinder to all three; that was not measured.",
         "- The model has two layers and no layer of it stays dense; the papers keep some dense or train for far longer.",
         "- moba chooses for a block of queries at once (see `mtrain/patterns/moba.py`); what that costs is in the second table, "
         "where each query chooses for itself.",
