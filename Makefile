@@ -96,7 +96,7 @@ bench: env ## print the benchmarks: CPU kernels against dense attention, and the
 	$(BIN)/python scripts/bench_cpu.py
 	$(BIN)/python scripts/bench_balance.py
 
-parity: env ## the published experiment in small: dense, sparse and control attention, trained and evaluated (an hour on 2 cores)
+parity: env ## the published experiment in small: dense, sparse and control attention, trained and evaluated (half an hour of CPU)
 	$(BIN)/python -m scripts.parity --write
 
 clean: ## remove what can be made again, the environment excepted

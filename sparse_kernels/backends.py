@@ -37,8 +37,9 @@ class Backend(ABC):
 
         Args:
             q: [B, nq * b, H, D].
-            k, v: [B, nk * b, K, D] (key blocks) or [B, U, K, D] (gathered columns).
-            view: which pairs to compute.
+            k, v: [B, nk * b, K, D] (key blocks) or [B, U, K, D] (gathered columns). Rows of padding are finite numbers, whose
+                values are free (to the triton backend they may also be NaN).
+            view: which pairs to compute. Its tensors other than block ids are on the device of q.
             scale: multiplies the scores after the dot product.
             carry: (out, lse) of keys already seen; the result then covers both.
 
@@ -52,7 +53,8 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients (dq, dk, dv), float32, of this view's pairs, given the *final* out and lse over all keys of the query.
 
-        Because out and lse are final, the gradients of disjoint views add up to the exact gradient.
+        ``out`` is as `forward` returns it, float32 and not rounded to the dtype of q; ``dout`` has the dtype of q. Because out
+        and lse are final, the gradients of disjoint views add up to the exact gradient.
         """
 
 

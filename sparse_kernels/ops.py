@@ -48,7 +48,7 @@ def attention(
     Returns:
         out [B, NB * b, H, D] in the dtype of q, so that its gradient has no wider one; lse [B, H, NB * b] float32 (float64 for
         float64 inputs); and exact, out before it was rounded to q's dtype, because the backward needs the out that lse
-        describes: float32 like out, or without elements where out was not rounded. Only out carries a gradient.
+        describes: float32 in the shape of out, or [0] where out was not rounded. Only out carries a gradient.
     """
     view, chosen = _prepare(q, index, sizes, backend)
     # The reference backend multiplies matrices, which autocast would do in bfloat16.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mtrain_eval.runner import Outcome
 
 MISSING = 3
+LONGEST_TIMEOUT = 30 * 24 * 3600
 OUTPUT = Path("runs/eval")
 SUITES = "ruler,niah,infinitebench,pg19"
 
@@ -134,8 +135,8 @@ def make_config(args: argparse.Namespace) -> EvalConfig:
         raise EvalError("which lengths? Give for example --lengths 4K,8K (tokens of prompt and answer together)")
     if args.limit < 1 or args.seed < 0:
         raise EvalError(f"--limit must be at least 1 and --seed at least 0, got {args.limit} and {args.seed}")
-    if args.timeout <= 0:
-        raise EvalError(f"--timeout must be above 0 seconds, got {args.timeout:g}")
+    if not 0 < args.timeout <= LONGEST_TIMEOUT:  # NaN neither
+        raise EvalError(f"--timeout must be above 0 and at most {LONGEST_TIMEOUT} seconds, got {args.timeout:g}")
     suites = split_names(args.suite)
     if not suites:
         raise EvalError(f"--suite names none; give for example --suite {SUITES}")

@@ -15,7 +15,7 @@ from typing import Any
 from mtrain_eval.compare import Side, tables_of
 from mtrain_eval.pictures import View, as_png, draw_all, needle_map, needle_tasks, task_map
 from mtrain_eval.results import SHARES, Results, short, suites
-from mtrain_eval.show import Table, markdown, numeric_columns, terminal
+from mtrain_eval.show import Table, escaped, markdown, numeric_columns, terminal
 from mtrain_eval.store import write_whole
 from mtrain_eval.tables import all_tables
 
@@ -39,7 +39,11 @@ def publish(output: Path, results: Results) -> list[Path]:
     captions = draw_all(results, output)
     title = report_title(results)
     pictures = "\n".join(f"![{caption}]({file})" for file, caption in captions.items())
-    text = f"# {title}\n\n" + "\n".join(markdown(table) for table in tables) + (f"\n{pictures}\n" if pictures else "")
+    text = (
+        f"# {escaped(title)}\n\n"
+        + "\n".join(markdown(table) for table in tables)
+        + (f"\n{pictures}\n" if pictures else "")
+    )
     write_whole(output / "results.md", _clean(text))
     images = {caption: (output / file).read_bytes() for file, caption in captions.items()}
     write_whole(output / "report.html", report(results, tables, images))

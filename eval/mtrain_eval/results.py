@@ -20,7 +20,7 @@ from typing import Any
 from mtrain.errors import EvalError
 from mtrain_eval.sample import Figure, Task
 from mtrain_eval.statistics import mean_figures, mean_of
-from mtrain_eval.store import DOES_NOT_FIT, Cell, Store, write_whole
+from mtrain_eval.store import DOES_NOT_FIT, ROW_KEYS, Cell, Store, write_whole
 
 FORMAT = 1
 FILE = "results.json"
@@ -238,6 +238,9 @@ def load_results(path: Path) -> Results:
     missing = {"run", "attentions", "tasks", "figures", "does_not_fit", "summary", "samples"} - results.keys()
     if missing:
         raise EvalError(f"{file} has no {', '.join(sorted(missing))}; run mtrain eval again with the same --output")
+    whole = ROW_KEYS | {"attention"}
+    if not all(isinstance(row, dict) and row.keys() >= whole for row in results["samples"]):
+        raise EvalError(f"{file} holds samples that mtrain eval did not write so; run it again with the same --output")
     return results
 
 

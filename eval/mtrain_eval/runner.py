@@ -98,7 +98,8 @@ def evaluate(
             stack.enter_context(locked(config.output))
             known = {"positions": positions, "ranks": everyone.world_size, **(facts or {})}
             run_directory.open_run(config, made["recipes"], tasks, command=command, facts=known, say=say)
-            for note in stand_in_notes(tasks, made["options"]):
+            # A task that was named has its data, or would have been refused.
+            for note in [] if config.tasks else stand_in_notes(tasks, made["options"]):
                 say(note)
 
         on_first(everyone, open_directory)
@@ -184,10 +185,12 @@ class Runner:
             if sample is None:
                 if number == 0 and plan.own is None:
                     self._append(cell, {DOES_NOT_FIT: reason})
-                else:
-                    self._say(f"{cell.attention} {cell.task} {cell.length} has no more samples: {reason}")
-                self._progress.advance(cell.length * (len(plan.pending) - number))
-                return
+                    self._progress.advance(cell.length * len(plan.pending))
+                    return
+                # Published questions are of all sizes: one that is too long says nothing of those after it.
+                self._say(f"{cell.attention} {cell.task} {cell.length}, sample {index} is left out: {reason}")
+                self._progress.advance(cell.length)
+                continue
             answer = ask(engine, sample)
             self.asked += 1
             row = make_row(task, sample, answer)

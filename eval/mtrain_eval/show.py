@@ -90,13 +90,13 @@ def probability(p: float | None) -> str:
 
 def markdown(table: Table) -> str:
     """A table as GitHub's markdown; figures to the right."""
-    lines = [f"### {_cell(table.title)}", "", _line([_cell(text) for text in table.header])]
+    lines = [f"### {escaped(table.title)}", "", _line([escaped(text) for text in table.header])]
     lines.append(_line(["---:" if flag else "---" for flag in numeric_columns(table)]))
-    lines += [_line([_cell(text) for text in row]) for row in table.rows]
+    lines += [_line([escaped(text) for text in row]) for row in table.rows]
     if table.total:
-        lines.append(_line([f"**{_cell(text)}**" if text else "" for text in table.total]))
+        lines.append(_line([f"**{escaped(text)}**" if text else "" for text in table.total]))
     if table.notes:
-        lines += ["", *[f"{_cell(note)}  " for note in table.notes]]
+        lines += ["", *[f"{escaped(note)}  " for note in table.notes]]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +148,7 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(text: Any) -> str:
+def escaped(text: Any) -> str:
     """Text that cannot break out of a cell, or of the page."""
     one_line = " ".join(str(text).split())
     return one_line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

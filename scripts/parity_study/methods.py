@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrain.recipe import Recipe, recipe_from_dict
+from mtrain.recipe.schema import AttentionRecipe
 
 BASE_LEN, SEQ_LEN = 256, 512
 BASE_STEPS, STEPS, WARMUP = 1100, 160, 20
@@ -48,6 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
 # Block selectors are said to need training under their masks: do they get there with four times as much?
 LONGER = {f"{name}, 4x steps": name for name in ("xattention", "moba")}
 METHODS |= {longer: METHODS[name] for longer, name in LONGER.items()}
+# Evaluated only. Here a block of queries chooses together; in the paper every query chooses for itself.
+MASKS = {"moba, each query for itself": {**METHODS["moba"], "block": 1}}
 CONTROLS = tuple(name for name in METHODS if "control" in name)
 
 
@@ -64,7 +67,13 @@ def evaluations(method: str) -> list[str]:
 
 def masks() -> list[str]:
     """The different attentions that need nothing from a run."""
-    return [name for name in METHODS if name not in LONGER and METHODS[name].get("refresh") != "frozen"]
+    trained = [name for name in METHODS if name not in LONGER and METHODS[name].get("refresh") != "frozen"]
+    return [*trained, *MASKS]
+
+
+def attention_of(name: str, recipe: Recipe) -> AttentionRecipe:
+    """The attention of that name, checked as part of a run's recipe."""
+    return recipe_from_dict({**recipe.to_dict(), "attention": {**COMMON, **(METHODS | MASKS)[name]}}).attention
 
 
 def retrieval(pairs: int | list[int], questions: int, **where: Any) -> dict[str, Any]:

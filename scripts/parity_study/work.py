@@ -12,9 +12,9 @@ import torch
 
 from mtrain.errors import MtrainError
 from mtrain.metrics import RUN_FILE, read_lines
-from mtrain.recipe import Recipe, recipe_from_dict
+from mtrain.recipe import Recipe
 from scripts.parity_study.examine import examine
-from scripts.parity_study.methods import COMMON, METHODS, base_recipe, evaluations, method_recipe
+from scripts.parity_study.methods import METHODS, attention_of, base_recipe, evaluations, method_recipe
 
 RESULT = "parity.json"
 WARM = "nothing more (warm start)"
@@ -23,55 +23,48 @@ WARM = "nothing more (warm start)"
 def warm_start(runs: Path, seed: int, exam: dict[str, int]) -> None:
     """Train the base model of a seed and see what it can do at the longer length, unless it is there."""
     base, dense = base_recipe(runs, seed), method_recipe(runs, seed, "dense")
-    _train(base)
-    file = Path(base.output) / RESULT
-    asked = {"recipe": base.to_dict(), "exam": exam, "evaluations": ["dense"]}
-    if not _is_there(file, asked):
-        found = {"dense": examine(dataclasses.replace(dense, output=base.output), dense.attention, exam)}
-        _write(file, {"asked": asked, "evaluations": found})
+    made = _so_far(base, exam)
+    if not made["evaluations"]:
+        _train(base)
+        made["evaluations"]["dense"] = examine(dataclasses.replace(dense, output=base.output), dense.attention, exam)
+        _write(base, made)
 
 
 def run_method(runs: Path, seed: int, method: str, exam: dict[str, int]) -> None:
-    """Train a method and evaluate it, unless its result is there.
+    """Train a method and evaluate it, as far as that is not done.
 
     Raises:
         MtrainError: a result that was made with other settings.
     """
     recipe = method_recipe(runs, seed, method)
-    asked = {"recipe": recipe.to_dict(), "exam": exam, "evaluations": evaluations(method)}
-    file = Path(recipe.output) / RESULT
-    if _is_there(file, asked):
-        return
-    started, cpu = time.monotonic(), time.process_time()
-    _train(recipe)
-    trained = time.process_time() - cpu
-    found = {name: examine(recipe, attention, exam) for name, attention in evaluated(recipe, method).items()}
-    made: dict[str, Any] = {"asked": asked, "method": method, "seed": seed, "evaluations": found}
-    made |= {"train_cpu_s": trained, "cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - started}
-    _write(file, made)
+    made = _so_far(recipe, exam)
+    started = time.process_time()
+    if "train_cpu_s" not in made:
+        _train(recipe)
+        made |= {"method": method, "seed": seed, "train_cpu_s": time.process_time() - started, "cpu_s": 0.0}
+    for name in evaluations(method):
+        if name not in made["evaluations"]:
+            made["evaluations"][name] = examine(recipe, attention_of(name, recipe), exam)
+            made["cpu_s"], started = made["cpu_s"] + time.process_time() - started, time.process_time()
+            _write(recipe, made)
 
 
-def _is_there(file: Path, asked: dict[str, Any]) -> bool:
+def _so_far(recipe: Recipe, exam: dict[str, int]) -> dict[str, Any]:
+    """The result of a run as far as it is there; only figures made with the same settings may stand in one file."""
+    file, asked = Path(recipe.output) / RESULT, {"recipe": recipe.to_dict(), "exam": exam}
     if not file.exists():
-        return False
-    if json.loads(file.read_text())["asked"] != asked:
+        return {"asked": asked, "evaluations": {}}
+    made: dict[str, Any] = json.loads(file.read_text())
+    if made["asked"] != asked:
         raise MtrainError(f"{file} was made with other settings; remove its folder, or give another --runs")
-    return True
+    return made
 
 
-def _write(file: Path, made: dict[str, Any]) -> None:
+def _write(recipe: Recipe, made: dict[str, Any]) -> None:
+    file = Path(recipe.output) / RESULT
     temporary = file.with_suffix(".new")
     temporary.write_text(json.dumps(made))
     temporary.replace(file)
-
-
-def evaluated(recipe: Recipe, method: str) -> dict[str, Any]:
-    """The attention recipes under which a method's model is evaluated, by name."""
-    plain = recipe.to_dict()
-    return {
-        name: recipe_from_dict({**plain, "attention": {**COMMON, **METHODS[name]}}).attention
-        for name in evaluations(method)
-    }
 
 
 def results(runs: Path, seeds: list[int]) -> dict[tuple[int, str], dict[str, Any]]:
@@ -83,9 +76,9 @@ def results(runs: Path, seeds: list[int]) -> dict[tuple[int, str], dict[str, Any
             found[seed, WARM] = json.loads(warm.read_text())
         for method in METHODS:
             folder = Path(method_recipe(runs, seed, method).output)
-            if (folder / RESULT).exists():
-                found[seed, method] = json.loads((folder / RESULT).read_text())
-                found[seed, method]["lines"] = read_lines(folder / RUN_FILE)
+            made = json.loads((folder / RESULT).read_text()) if (folder / RESULT).exists() else {"evaluations": {}}
+            if {"dense", method} <= set(made["evaluations"]):
+                found[seed, method] = {**made, "lines": read_lines(folder / RUN_FILE)}
     return found
 
 

@@ -19,7 +19,6 @@ from sparse_kernels.gpu.index import DeviceIndex, start
 from sparse_kernels.view import ShardView
 
 FOLD_ROWS = 16
-MAX_ROW_STRIDE = 1 << 24
 LOG2E = 1.4426950408889634
 # Programs that the column gradient aims at, so that a short list still fills a device; a constant, so that the order of
 # additions is the same on every device.
@@ -122,7 +121,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     if not q.shape[1] or not k.shape[1]:
         return (out.zero_(), lse.fill_(-torch.inf)) if carry is None else (out.copy_(carry[0]), lse.copy_(carry[1]))
-    q, k, v = (_rows_last(t) for t in (q, k, v))
+    q, k, v = (_rows_last(t, view.pattern.block) for t in (q, k, v))
     call = Call.of(q, k, view)
     carry_out, carry_lse = (out, lse) if carry is None else (t.to(torch.float32).contiguous() for t in carry)
     tile = call.tile("forward")
@@ -144,7 +143,7 @@ def backward(
     check_shapes(q, k, view)
     if not q.shape[1] or not k.shape[1]:
         return tuple(torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, k))  # type: ignore[return-value]
-    dout, q, k, v, out = (_rows_last(t) for t in (dout, q, k, v, out))
+    dout, q, k, v, out = (_rows_last(t, view.pattern.block) for t in (dout, q, k, v, out))
     # Products of mixed dtypes do not exist; the gradient of a cast output has the dtype of q already.
     dout = dout.to(q.dtype)
     call = Call.of(q, k, view)
@@ -310,9 +309,9 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _rows_last(x: Tensor) -> Tensor:
-    """Kernels need the numbers of a head side by side, and offsets within a tile that fit 32 bits; else any strides will do."""
-    return x if x.stride(3) == 1 and x.stride(1) < MAX_ROW_STRIDE else x.contiguous()
+def _rows_last(x: Tensor, block: int) -> Tensor:
+    """Kernels need the numbers of a head side by side, and offsets within a block that fit 32 bits; else any strides will do."""
+    return x if x.stride(3) == 1 and x.stride(1) * block < 1 << 31 else x.contiguous()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtrain.balance import Balancer, measure, work
+from mtrain.balance.work import block_cost
 from mtrain.comm import Ring, run_ranks
 from mtrain.errors import CheckpointError, RecipeError
 from mtrain.layout import RingLayout
 from mtrain.metrics import read_lines
+from mtrain.models.statistics import mask_density
 from mtrain.patterns import PatternPlan
 from mtrain.patterns.random_columns import draw_columns
 from mtrain.recipe.schema import AttentionRecipe, RefreshEvery, TopKBudget
+from mtrain.topology import RingTopology
 from mtrain.trainer import train
 from mtrain.verify.exactness import LAYOUTS as EXACTNESS_LAYOUTS
 from mtrain.verify.exactness import SCHEDULES, SEQ_LEN, Case, Problem, errors_of, make_layout, run_on
@@ -298,3 +302,26 @@ def test_a_balanced_ring_trains_as_one_process(name: str, tmp_path: Path) -> Non
         reach, expected = ([x for x in entry.get("reach", []) if x is not None] for entry in (line, other))
         assert reach == pytest.approx(expected, rel=1e-5)
     assert 0 < lines[0]["recall"] <= 1 and lines[0]["density"] < 1
+
+
+@pytest.mark.parametrize("name", BLOCK_PATTERNS)
+def test_density_and_work_of_blocks_are_counted_from_the_mask(name: str) -> None:
+    doc_start = documents(149)
+    pattern = PatternPlan(recipe(name), 1).index(0, *random_qk(149), doc_start=doc_start)
+    mask, i = pattern.to_dense(doc_start), torch.arange(149)
+    causal = (i - doc_start + 1).sum(1)
+    assert mask_density(pattern, doc_start) == pytest.approx(
+        float((mask.sum((2, 3)) / causal[:, None]).mean()), rel=1e-6
+    )
+    # A tile counts whole if any of its pairs is inside and it is not left of the document of its first row.
+    tiles = torch.nn.functional.pad(mask, (0, 3, 0, 3)).unflatten(3, (19, 8)).unflatten(2, (19, 8)).any(5).any(3)
+    seen = torch.arange(19) >= doc_start[:, ::8, None] // 8
+    area = 64 * float((tiles & seen[:, None]).sum())
+    topology = RingTopology(1, 3)
+    for kind in LAYOUTS:
+        layout = RingLayout.build(kind, 149, 3, 8)
+        assert float(work(pattern, layout, topology, doc_start).sum()) == area
+    assert float(block_cost(pattern, doc_start).sum()) == area
+    coming = Balancer(149, 8)
+    coming.update(measure(pattern, doc_start))
+    assert coming.assignment(topology, doc_start).bincount().tolist() == [7, 7, 7]

@@ -64,7 +64,12 @@ def test_scattered_rows() -> None:
 @pytest.mark.parametrize("pattern", ["dense", "vertical_slash", "xattention", "moba"])
 def test_a_run_logs_its_reach_with_recall(pattern: str, tmp_path) -> None:
     recipe = tiny_recipe(
-        tmp_path, attention__pattern=pattern, attention__stride=4, attention__top_k=2, log__recall_every=3
+        tmp_path,
+        attention__pattern=pattern,
+        attention__stride=4,
+        attention__threshold=0.4,
+        attention__top_k=2,
+        log__recall_every=3,
     )
     train(recipe)
     lines = read_lines(tmp_path / "run" / "run.jsonl")

@@ -73,6 +73,8 @@ def test_evaluates_and_goes_on(
         (["MODEL", "--lengths", "128", "--limit", "0"], "--limit must be at least 1"),
         (["MODEL", "--lengths", "128", "--limit", "many"], "invalid int value: 'many'"),
         (["MODEL", "--lengths", "128", "--timeout", "0"], "--timeout must be above 0"),
+        (["MODEL", "--lengths", "128", "--timeout", "nan"], "at most 2592000 seconds, got nan"),
+        (["MODEL", "--lengths", "128", "--timeout", "inf"], "at most 2592000 seconds, got inf"),
         (["MODEL", "--lengths", "128", "--outer", "2"], "--outer 2 x --inner 1 must be the 1 process(es)"),
         (["MODEL", "--lengths", "128", "--suite", "rulr"], "unknown suite 'rulr'; did you mean 'ruler'?"),
         (["MODEL", "--lengths", "128", "--suite", ""], "--suite names none"),

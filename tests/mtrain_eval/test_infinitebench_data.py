@@ -18,6 +18,7 @@ from mtrain_eval.infinitebench.prompts import frame
 from mtrain_eval.infinitebench.summary import AVERAGES, summarise
 from mtrain_eval.sample import DoesNotFitError, Figure, Prediction, SuiteOptions, Task
 from mtrain_eval.suites import make_tasks, stand_in_notes
+from mtrain_eval.tokens import encode_prompt
 
 TOKENIZER = byte_tokenizer()
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x1csix"  # str.splitlines would cut here
@@ -175,6 +176,19 @@ def test_only_tasks_with_a_file_are_there(tmp_path: Path) -> None:
         "twin_code_run",
         "twin_math_find",
     ]
+
+
+def test_a_cut_amid_a_character_makes_the_text_no_longer(tmp_path: Path) -> None:
+    """Through lm-eval the text is what counts: a token more than the length, and a whole run would be refused."""
+    (tmp_path / "infinitebench").mkdir()
+    row = {"id": 0, "context": "\u6f22\u5b57\u4eee" * 900, "input": "\uff1f", "answer": ["x"]}
+    (tmp_path / "infinitebench" / "longbook_qa_chn.jsonl").write_text(json.dumps(row))
+    (task,) = published(SuiteOptions(TOKENIZER, data_dir=tmp_path)).values()
+    for length in range(1000, 1006):  # cut at every byte of a character, on both sides
+        sample = task.sample(length, 0)
+        again = encode_prompt(TOKENIZER, sample.text)
+        assert len(sample.ids) - 4 <= len(again) <= len(sample.ids) == length - sample.max_new_tokens
+        assert "\ufffd" not in sample.text
 
 
 def test_a_data_dir_without_the_files_says_what_to_download(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import PreTrainedTokenizerBase
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from mtrain.data.tokenizer import byte_tokenizer
 from mtrain.errors import EvalError
@@ -142,6 +142,15 @@ def test_an_answer_that_stands_in_the_essays_is_refused(tmp_path: Path) -> None:
     (tmp_path / "paul_graham_essays" / "a.txt").write_text(text * 50)
     with pytest.raises(EvalError, match="essays themselves hold the answer"):
         task_of("niah_kamradt", data_dir=tmp_path).sample(2048, 0)
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_a_tokenizer_that_knows_no_places_of_its_tokens(name: str) -> None:
+    """Those written in Python have no offsets; this one also puts an end token after a text."""
+    for index in range(3):
+        sample = task_of(name, ByT5Tokenizer()).sample(2048, index)
+        assert len(sample.ids) + sample.max_new_tokens == 2048
+        assert sample.targets[0] in sample.text and sample.ids[-1] != ByT5Tokenizer().eos_token_id
 
 
 def test_made_prose_stands_in_unless_the_task_was_named_or_the_folder_is_there(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from scripts.parity_study.examine import never_by_distance
 from scripts.parity_study.methods import (
     CONTROLS,
     LONGER,
+    MASKS,
     METHODS,
     SEQ_LEN,
     base_recipe,
@@ -76,7 +77,7 @@ def made_up(method: str, seed: int, right: float) -> dict:
     ]
     return {
         "asked": {"exam": EXAM},
-        "evaluations": dict.fromkeys((*evaluations(method), *METHODS), evaluation),
+        "evaluations": dict.fromkeys((*evaluations(method), *METHODS, *MASKS), evaluation),
         "lines": lines,
         "train_cpu_s": 1.0,
         "cpu_s": 2.0,

@@ -225,7 +225,7 @@ def test_markdown_and_pictures_stand_beside_it(run: Path) -> None:
     named = [line.split("(")[1][:-1] for line in text.splitlines() if line.startswith("![")]
     assert named == ["needle_grid.png", "tasks.png", "books.png"]
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in named)
-    assert "sparse against dense" in text
+    assert "sparse against dense" in text and text.startswith("# Evaluation of model &lt;x>\n")
 
 
 def test_one_attention_one_sample(tmp_path: Path) -> None:
@@ -271,6 +271,11 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, run: Path) -> None:
         ((run / "results.json").read_text()[:-50], "is broken .*run mtrain eval again"),
         ("[1]", "holds no object"),
         ('{"format": 2}', "has format 2, this version reads 1"),
+        (
+            '{"format": 1, "run": {}, "attentions": ["dense"], "tasks": {}, "figures": {}, "does_not_fit": [], "summary": {}, '
+            '"samples": [{}]}',
+            "samples that mtrain eval did not write so",
+        ),
         ('{"format": 1, "run": {}}', "has no attentions, does_not_fit, figures, samples, summary, tasks"),
     ]:
         broken.write_text(text)

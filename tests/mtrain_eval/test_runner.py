@@ -16,7 +16,7 @@ from mtrain.errors import EvalError, LaunchError
 from mtrain_eval import runner
 from mtrain_eval.ask import cut, make_stop, prompt_sha256
 from mtrain_eval.plan import CellPlan, deal
-from mtrain_eval.sample import Sample, SuiteOptions
+from mtrain_eval.sample import DoesNotFitError, Sample, SuiteOptions
 from mtrain_eval.store import ROW_KEYS, Cell, Store, locked
 from tests.mtrain_eval.fakes import WORDS, FakeTask, config_of, fake_suite, rows_in, run_fake
 
@@ -212,6 +212,23 @@ def test_a_start_that_failed_before_its_first_answer_binds_nobody(tmp_path: Path
     with pytest.raises(Stopped):
         run_fake(replace(config, seed=1), before=stop_at(0))
     assert run_fake(config).asked > 0
+
+
+def test_one_sample_that_does_not_fit_does_not_end_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = FakeTask.sample
+
+    def sample(self: FakeTask, length: int, index: int) -> Sample:
+        if index == 1:
+            raise DoesNotFitError("its question is too long")
+        return made(self, length, index)
+
+    monkeypatch.setattr(FakeTask, "sample", sample)
+    config = config_of(tmp_path, attention=("dense",), tasks=("fake_code", "fake_text"), lengths=(300,))
+    for asked in (5, 0):  # again, with the one that does not fit as the first that is left
+        assert run_fake(config).asked == asked
+        for task, there in (("fake_code", [0, 2, 3]), ("fake_text", [0, 2])):
+            rows = Store(config.output).read(Cell("dense", task, 300))
+            assert [row["index"] for row in rows] == there
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparse_kernels import SparsePattern, backends, gpu, resolve_backend, sparse_attention
-from sparse_kernels.gpu import config
+from sparse_kernels.gpu import config, general_tiles
 
 
 def test_every_backend_is_listed_with_a_reason() -> None:
@@ -119,18 +119,21 @@ def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     [(8, 166912, config.AMPERE), (8, 101376, config.AMPERE), (9, 232448, config.HOPPER), (10, 232448, config.HOPPER),
      (12, 101376, config.AMPERE)],
 )  # fmt: skip
-def test_devices_with_little_shared_memory_get_tiles_that_fit(
+def test_devices_with_little_shared_memory_use_the_small_rows_and_every_usable_input_has_one(
     major: int, shared: int, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That the rows fit is measured in tests/triton_compile."""
     monkeypatch.setattr(gpu, "interpreting", lambda: True)
     device = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     assert config.generation_of(torch.device("cuda")) == wanted
-    for kernel in config.TABLE:
-        for head_dim in config.HEAD_DIMS:
-            for dtype in config.DTYPES:
-                if gpu.TritonBackend().unusable(torch.device("cpu"), dtype, head_dim) is None:
-                    assert config.tile_for(kernel, wanted, head_dim, dtype.itemsize, 64).m <= 64
+    usable = gpu.TritonBackend().unusable
+    kinds = [(d, t) for d in config.HEAD_DIMS for t in config.DTYPES if usable(torch.device("cpu"), t, d) is None]
+    assert len(kinds) == 3 * len(config.HEAD_DIMS) - 1
+    for table in (config.TABLE, general_tiles.TABLE):
+        assert set(table) == {"forward", "dq", "dkdv", "columns"}
+        for rows in table.values():
+            assert all(config.row_key(wanted, head_dim, dtype.itemsize) in rows for head_dim, dtype in kinds)
 
 
 @pytest.mark.slow

@@ -411,6 +411,12 @@ def test_delta_is_computed_once_per_ring_and_anew_when_its_inputs_change(monkeyp
     assert len(launch._DELTAS) == 0  # it lives no longer than the out it was made from
 
 
+def test_rows_too_far_apart_for_32_bits_are_copied() -> None:
+    """Offsets within a block are 32-bit numbers, so how far apart its rows may lie depends on how many there are."""
+    far = torch.empty(256 << 23, device="meta").as_strided((1, 256, 1, 16), (0, 1 << 23, 16, 1))
+    assert launch._rows_last(far, 128) is far and launch._rows_last(far, 256).is_contiguous()
+
+
 def test_strided_inputs() -> None:
     """Slices of heads and rows, as the ring passes them, and a layout whose numbers of a head are not neighbours."""
     case = make_case(20, 100, 32, columns=10, group=2, head_dim=16)

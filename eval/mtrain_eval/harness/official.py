@@ -49,6 +49,7 @@ def evaluate_official(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) ->
         results = simple_evaluate(lm, tasks=names, task_manager=manager, limit=config.limit, bootstrap_iters=0)
         first = lm.ring.rank == 0
         found[attention] = {} if results is None else results["results"]
+        del lm  # or two models would be held at a time
     table = _table(found, config.lengths)
     if first:
         _write(config.output / FILE, {"label": LABEL, "model": config.model, "limit": config.limit, "results": found})

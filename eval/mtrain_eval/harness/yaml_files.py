@@ -65,7 +65,8 @@ def write_tasks(directory: Path, lengths: Sequence[int] = LENGTHS) -> list[Path]
             body: dict[str, object] = {
                 "include": "../_generate" if entry.max_new_tokens else "../_perplexity",
                 "task": name,
-                "tag": [entry.suite] if entry.suite != "ruler" else [entry.name],
+                # A name of ours: lm-eval has tasks and groups called ruler_vt and infinitebench.
+                "tag": [f"mtrain_{entry.name}"],
                 "dataset_kwargs": {"task": entry.name, "length": length},
             }
             if entry.max_new_tokens:

@@ -56,7 +56,9 @@ class PublishedTask:
         if truncated:
             self._check(around, length)
             head, tail = ids[: room // 2], ids[len(ids) - (room - room // 2) :]
-            ids, text = np.concatenate([head, tail]), self._text(head) + self._text(tail)
+            # Halves of a character at the cut would be three bytes each when a harness makes tokens of the text again.
+            text = self._text(head).rstrip("\ufffd") + self._text(tail).lstrip("\ufffd")
+            ids = np.concatenate([head, tail])
         return Sample(
             task=self.name,
             length=length,

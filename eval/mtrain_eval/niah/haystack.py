@@ -149,6 +149,9 @@ def _sizes(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> np.ndarr
     """int64 [sentences]: tokens of each with the space before it, counted in the running text."""
     if is_byte_tokenizer(tokenizer):  # no need to look
         return np.array([1 + len(sentence.encode()) for sentence in sentences], dtype=np.int64)
+    if not tokenizer.is_fast:  # it knows no places: sentences by themselves, and `fill` counts the whole anyway
+        alone = encode_texts(tokenizer, [f" {sentence}" for sentence in sentences])
+        return np.array([max(1, len(ids)) for ids in alone], dtype=np.int64)
     text = " " + " ".join(sentences)
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     starts = np.sort(np.asarray([begin for begin, _ in spans], dtype=np.int64))
