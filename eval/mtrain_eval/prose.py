@@ -97,17 +97,17 @@ def _sentence(draws: list[int]) -> str:
 
 
 def essay_source(options: SuiteOptions) -> str:
-    """``published`` when `load_essays` will return the essays, ``synthetic`` when it will make them up; reads no text.
+    """The source of what `load_essays` will return, as there; reads no text.
 
     Raises:
         EvalError: a folder of essays without any.
     """
-    return "published" if _files(options) or options.online else "synthetic"
+    return "local" if _files(options) else "published" if options.online else "synthetic"
 
 
 def missing_essays(options: SuiteOptions) -> str | None:
     """What is missing in a data directory that was given, and what to do; None: nothing is, or none was given."""
-    if options.data_dir is None or essay_source(options) == "published":
+    if options.data_dir is None or essay_source(options) != "synthetic":
         return None
     return (
         f"no essays in {Path(options.data_dir) / ESSAYS}: put PaulGrahamEssays.json of NVIDIA/RULER "
@@ -117,10 +117,10 @@ def missing_essays(options: SuiteOptions) -> str | None:
 
 
 def load_essays(options: SuiteOptions) -> tuple[list[str], str]:
-    """(essays as whole texts, their source: ``published`` or ``synthetic``).
+    """(essays as whole texts, their source).
 
-    From DATA_DIR/paul_graham_essays (*.txt, *.md, or *.json, *.jsonl with a field ``text``), else from the hub when online,
-    else made by rule from the seed: as many and as long as the originals.
+    ``local`` from DATA_DIR/paul_graham_essays (*.txt, *.md, or *.json, *.jsonl with a field ``text``), else ``published`` from
+    the hub when online, else ``synthetic``, made by rule from the seed: as many and as long as the originals.
 
     Raises:
         EvalError: files that cannot be read or hold no text, or a hub that does not answer, with what to do instead.
@@ -130,7 +130,7 @@ def load_essays(options: SuiteOptions) -> tuple[list[str], str]:
         texts = _local(tuple(files))
         if not texts:
             raise EvalError(f"data-dir: {files[0].parent} holds no text; put the essays there, or take the folder away")
-        return list(texts), "published"
+        return list(texts), "local"
     if options.online:
         return list(_fetched()), "published"
     return list(_made(options.seed)), "synthetic"

@@ -155,10 +155,13 @@ def suite_summary(results: Results, attention: str, suite: str) -> dict[str, Any
     Returns:
         label: how to name it; the benchmark's own name only when all of its tasks were run on its own text.
         synthetic: tasks whose text is a stand-in.
+        local: tasks on files of the data directory.
         lengths: {length: {"mean": figure, "tasks": number of tasks in it, "missing": tasks that have no figure there}}.
     """
     names = [name for name, task in results["tasks"].items() if task["suite"] == suite]
-    synthetic = [name for name in names if results["tasks"][name]["source"] == "synthetic"]
+    synthetic, local = (
+        [name for name in names if results["tasks"][name]["source"] == source] for source in ("synthetic", "local")
+    )
     per_length = {}
     for length in lengths(results, suite):
         found = {name: figure(results, attention, name, length) for name in names}
@@ -166,20 +169,22 @@ def suite_summary(results: Results, attention: str, suite: str) -> dict[str, Any
         if whole is not None:
             missing = [name for name, one in found.items() if one is None]
             per_length[str(length)] = {"mean": asdict(whole), "tasks": len(names) - len(missing), "missing": missing}
-    return {"label": label(suite, names, synthetic), "synthetic": synthetic, "lengths": per_length}
+    called = label(suite, names, synthetic, local)
+    return {"label": called, "synthetic": synthetic, "local": local, "lengths": per_length}
 
 
-def label(suite: str, names: Sequence[str], synthetic: Sequence[str]) -> str:
+def label(suite: str, names: Sequence[str], synthetic: Sequence[str], local: Sequence[str] = ()) -> str:
     """What a mean over these tasks may be called."""
+    mark = " (local data)" if local else ""
     if suite not in PUBLISHED:
         whole = f"{suite}: mean of {len(names)} task{'s' * (len(names) != 1)}"
-        return f"{whole}, {len(synthetic)} on synthetic text" if synthetic else whole
+        return (f"{whole}, {len(synthetic)} on synthetic text" if synthetic else whole) + mark
     title, size = PUBLISHED[suite]
     if synthetic:
-        return f"{suite}-like, {len(synthetic)} of {len(names)} tasks on synthetic text: no {title} score"
+        return f"{suite}-like, {len(synthetic)} of {len(names)} tasks on synthetic text{mark}: no {title} score"
     if len(names) < size:
-        return f"mean of {len(names)} of {size} {title} tasks: no {title} score"
-    return f"{title} average"
+        return f"mean of {len(names)} of {size} {title} tasks{mark}: no {title} score"
+    return f"mean of the {size} {title} tasks{mark}" if local else f"{title} average"
 
 
 def _costs(results: Results, attention: str, length: int) -> dict[str, Any]:

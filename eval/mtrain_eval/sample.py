@@ -26,7 +26,15 @@ Kind = Literal["generate", "score", "recall"]
 
 
 class DoesNotFitError(EvalError):
-    """The smallest sample of a task is longer than the length asked for; the runner notes it and goes on."""
+    """The smallest sample of a task is longer than the length asked for; the runner notes it and goes on.
+
+    Attributes:
+        needed: the smallest length that would do, where the task knows it.
+    """
+
+    def __init__(self, reason: str, needed: int | None = None) -> None:
+        super().__init__(reason)
+        self.needed = needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +104,10 @@ class Task(Protocol):
         name: unique over all suites, e.g. ``ruler_niah_single_1``.
         suite: ``ruler``, ``niah``, ``infinitebench``, ``pg19`` or ``retrieval``.
         metric: the metric that tables show; a key of what `score` returns (or of what `aggregate` returns).
-        source: where its text comes from: ``published`` (the benchmark's own data), ``generated`` (the benchmark itself is
-            generated, and this is its rule), or ``synthetic`` (a stand-in: never to be called by the benchmark's name).
+        source: where its text comes from: ``published`` (the benchmark's own data, fetched from the hub by its known name),
+            ``local`` (files of the data directory, of which nobody knows whether they are the benchmark's), ``generated`` (the
+            benchmark itself is generated, and this is its rule), or ``synthetic`` (a stand-in: never to be called by the
+            benchmark's name).
     """
 
     name: str

@@ -28,7 +28,12 @@ BEYOND = "\u2020"  # dagger: beyond the positions the model was trained on
 STAND_IN = "*"
 TITLES = {"ruler": "RULER", "infinitebench": "InfiniteBench", "pg19": "PG-19"}
 COLUMNS = 8  # figures side by side before a table is broken
-SOURCES = {"published": "published", "generated": "generated", "synthetic": "synthetic" + STAND_IN}
+SOURCES = {
+    "published": "published",
+    "local": "local data",
+    "generated": "generated",
+    "synthetic": "synthetic" + STAND_IN,
+}
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------
@@ -105,7 +110,9 @@ def perplexity_tables(results: Results, suite: str) -> list[Table]:
             for metric in cell
             if not metric.startswith("nll_to_")
         ]
-        table = Table(f"{name} ({results['tasks'][name]['source']})", ["figure", "attention"], [])
+        table = Table(
+            f"{name} ({SOURCES[results['tasks'][name]['source']].rstrip(STAND_IN)})", ["figure", "attention"], []
+        )
         table.header += [heading(results, length) for length in asked]
         for metric in dict.fromkeys(metrics):
             for attention in results["attentions"]:
@@ -161,7 +168,7 @@ def _effective(found: dict[str, Any]) -> str:
 
 
 def infinitebench_tables(results: Results) -> list[Table]:
-    """The means over tasks that papers print, where all of their tasks were run on the published data."""
+    """The means over tasks that papers print, where all of their tasks were run on the published data or local files."""
     rows = [
         [name, attention, *[percent(_figure(means.get(str(length)))) for length in lengths(results, "infinitebench")]]
         for attention in results["attentions"]
@@ -169,7 +176,8 @@ def infinitebench_tables(results: Results) -> list[Table]:
     ]
     header = ["mean", "attention", *[heading(results, length) for length in lengths(results, "infinitebench")]]
     notes = _beyond_note(results, lengths(results, "infinitebench"))
-    return [Table("InfiniteBench: means over tasks in %", header, rows, notes=notes)] if rows else []
+    title = "InfiniteBench's tasks on local data" if _local(results, "infinitebench") else "InfiniteBench"
+    return [Table(f"{title}: means over tasks in %", header, rows, notes=notes)] if rows else []
 
 
 def _figure(found: dict[str, Any] | None) -> Figure | None:
@@ -223,7 +231,14 @@ def _standing_notes(results: Results, suite: str, asked: Sequence[int]) -> list[
     if synthetic:
         title = TITLES.get(suite, "benchmark")
         notes.append(f"{STAND_IN} on a synthetic stand-in for the published text; these figures are no {title} scores")
+    if _local(results, suite):
+        folder = results["run"].get("config", {}).get("data_dir") or "--data-dir"
+        notes.append(f"local data: whatever {folder} holds; it was not checked against the published text")
     return notes + _beyond_note(results, asked)
+
+
+def _local(results: Results, suite: str) -> bool:
+    return any(results["tasks"][name]["source"] == "local" for name in task_names(results, suite))
 
 
 def _beyond_note(results: Results, asked: Sequence[int]) -> list[str]:

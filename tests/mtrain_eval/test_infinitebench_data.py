@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ from mtrain_eval.infinitebench.catalogue import BY_SPLIT, ENTRIES
 from mtrain_eval.infinitebench.data import Lines
 from mtrain_eval.infinitebench.prompts import frame
 from mtrain_eval.infinitebench.summary import AVERAGES, summarise
+from mtrain_eval.results import build
 from mtrain_eval.sample import DoesNotFitError, Figure, Prediction, SuiteOptions, Task
+from mtrain_eval.show import Table
+from mtrain_eval.store import Cell, Store
 from mtrain_eval.suites import make_tasks, stand_in_notes
+from mtrain_eval.tables import all_tables
 from mtrain_eval.tokens import encode_prompt
+from tests.mtrain_eval.hand_made import HandTask, make_run
+from tests.mtrain_eval.hand_made import row as hand_row
 
 TOKENIZER = byte_tokenizer()
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x1csix"  # str.splitlines would cut here
@@ -61,7 +68,7 @@ def write(folder: Path, hub: bool = False, context: str = SEPARATORS) -> SuiteOp
 
 
 def published(options: SuiteOptions) -> dict[str, Task]:
-    return {task.name: task for task in tasks(options) if task.source == "published"}
+    return {task.name: task for task in tasks(options) if task.source != "synthetic"}
 
 
 @pytest.mark.parametrize("hub", [False, True], ids=["as downloaded", "hub schema"])
@@ -292,6 +299,34 @@ def test_means_are_there_only_with_all_their_published_tasks() -> None:
     assert list(summarise(only)["MTraining, 5 tasks"]) == ["4096"]
     assert summarise({}) == {}
     assert summarise({name: {} for name in one}) == {}
+
+
+def test_means_over_files_of_a_data_directory_do_not_claim_the_benchmark(tmp_path: Path) -> None:
+    options = write(tmp_path / "data")
+    assert {task.source for task in published(options).values()} == {"local"}
+    (tmp_path / "data" / "infinitebench" / "passkey.jsonl").unlink()
+    fetched = published(replace(options, online=True))["infinitebench_passkey"]
+    assert fetched.source == "published"  # the one that is not in the folder comes from the hub
+
+    def made(source: str) -> tuple[str, list[str], Table]:
+        output = make_run(tmp_path / source, ("dense",))
+        hands = [HandTask(entry.name, "infinitebench", source=source) for entry in ENTRIES]
+        store = Store(output)
+        for task in hands:
+            store.append(Cell("dense", task.name, 4096), hand_row(task, 4096, 0, 1.0))
+        store.close()
+        run = json.loads((output / "run.json").read_text()) | {"config": {"data_dir": "my/data"}}
+        tables = all_tables(build(run, output, hands))
+        one = next(table for table in tables if table.title.startswith("infinitebench"))
+        return next(table.title for table in tables if "over tasks" in table.title), one.total or [], one
+
+    title, total, table = made("local")
+    assert title == "InfiniteBench's tasks on local data: means over tasks in %"
+    assert total[0] == "mean of the 12 InfiniteBench tasks (local data)" and table.rows[0][2] == "local data"
+    assert table.notes[0].startswith("local data: whatever my/data holds")
+    title, total, table = made("published")
+    assert (title, total[0]) == ("InfiniteBench: means over tasks in %", "InfiniteBench average")
+    assert not any("local" in note for note in table.notes)
 
 
 def test_five_task_mean_of_the_published_table() -> None:

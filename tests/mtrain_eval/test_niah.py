@@ -121,10 +121,10 @@ def test_a_long_prompt_is_exact_too_and_goes_round_the_essays(tokenizer: str, tm
         "A first sentence with some words. And was there a second? Yes! There was a third, 4567 words long."
     )
     task = task_of("niah_number", TOKENIZERS[tokenizer], data_dir=tmp_path)
-    assert task.source == "published"
+    assert task.source == "local"
     sample = task.sample(20_000, 2)
     assert 20_000 - 2 <= len(sample.ids) + sample.max_new_tokens <= 20_000
-    assert sample.meta["sentences"] > 200 and sample.meta["haystack"] == "published"
+    assert sample.meta["sentences"] > 200 and sample.meta["haystack"] == "local"
     assert sample.depth == pytest.approx(0.5, abs=0.01)
 
 

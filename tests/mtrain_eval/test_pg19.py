@@ -48,7 +48,7 @@ def test_books_from_a_folder_of_files_or_rows(tmp_path: Path) -> None:
     shelf(tmp_path)
     (tmp_path / "pg19" / "rows.jsonl").write_text('{"text": "row one"}\n{"text": " "}\n{"text": "row three"}\n')
     books = Books(options(tmp_path))
-    assert books.source == "published"
+    assert books.source == "local"
     assert [name for name, _ in books.named] == [f"book{i}.txt" for i in range(6)] + ["rows.jsonl:1", "rows.jsonl:3"]
     assert books.lengths.tolist() == [*SIZES, 7, 9]
     np.testing.assert_array_equal(books.named[6][1], encode_prompt(BYTES, "row one"))
@@ -73,6 +73,8 @@ def test_a_folder_of_books_without_any_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"pg19 holds no text .*put the books"):
         tasks(options(tmp_path))
     assert {task.source for task in tasks(options(tmp_path, online=True))} == {"published"}
+    (tmp_path / "pg19" / "diary.txt").write_text("My own words, which are no book of PG-19.")
+    assert {task.source for task in tasks(options(tmp_path, online=True))} == {"local"}
 
 
 @pytest.mark.parametrize(

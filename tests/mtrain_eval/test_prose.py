@@ -71,7 +71,7 @@ def test_essays_from_a_folder_in_every_form(tmp_path: Path) -> None:
     (folder / "f.txt").write_text(" \n")
     (folder / "notes.csv").write_text("left out")
     essays, source = load_essays(options(tmp_path))
-    assert source == essay_source(options(tmp_path)) == "published"
+    assert source == essay_source(options(tmp_path)) == "local"
     assert essays == ["plain", "row 1", "row 2", "whole file", "a string", "an object", "lines", "in json"]
 
 
@@ -93,6 +93,11 @@ def test_files_that_hold_no_essays_are_named(tmp_path: Path, name: str, content:
     (essays_in(tmp_path) / name).write_bytes(content)
     with pytest.raises(EvalError, match=message):
         load_essays(options(tmp_path))
+
+
+def test_files_come_before_the_hub_and_are_local_data(tmp_path: Path) -> None:
+    (essays_in(tmp_path) / "a.txt").write_text("mine")
+    assert load_essays(options(tmp_path, online=True)) == (["mine"], "local")
 
 
 def test_a_hub_that_does_not_answer_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_squad_as_it_is_distributed(tmp_path: Path) -> None:
     (tmp_path / "dev-v2.0.json").write_text(json.dumps(SQUAD))
     task = made(tmp_path)["ruler_qa_1"]
     assert isinstance(task, QuestionAnswering)
-    assert task.source == "published" and task.count(2048) == 2  # the one without an answer is left out
+    assert task.source == "local" and task.count(2048) == 2  # the one without an answer is left out
     known = task.questions()
     assert known.docs == tuple(sorted(known.docs)) and len(known.docs) == 3
     first, second = known.questions
@@ -133,7 +133,7 @@ def test_hotpot_as_it_is_distributed(tmp_path: Path) -> None:
     (tmp_path / "ruler").mkdir()
     (tmp_path / "ruler" / "hotpot_dev_distractor_v1.json").write_text(json.dumps(HOTPOT))
     task = made(tmp_path)["ruler_qa_2"]
-    assert task.source == "published" and task.count(2048) == 2
+    assert task.source == "local" and task.count(2048) == 2
     sample = task.sample(600, 0)
     assert sample.targets == ("Oslo",)
     assert "\nBell\nBell was made by Ann. It rings." in sample.text and "\nAnn\nAnn was born in Oslo." in sample.text
@@ -211,7 +211,7 @@ def test_essays_of_a_folder_are_the_haystack(tmp_path: Path) -> None:
     text = "First   there was\none thing. Then another! " + "Something followed it, slowly. " * 30
     (folder / "PaulGrahamEssays.json").write_text(json.dumps({"text": text}))
     task = made(tmp_path)["ruler_niah_single_2"]
-    assert task.source == "published" and task.count(1024) is None
+    assert task.source == "local" and task.count(1024) is None
     sample = task.sample(4096, 0)  # longer than the essays: they repeat
     body = sample.text.split("\n", 1)[1]
     assert body.lstrip().startswith(("First there was one thing. ", "One of the special"))

@@ -114,6 +114,12 @@ def test_what_is_no_ruler_score_is_not_called_one() -> None:
     assert found["average"] == {4096: 1.0, 8192: 0.5}
     assert found["name"] != "RULER" and found["synthetic"] == ["ruler_qa_1"] and "qa_1" in found["notes"][0]
 
+    found = summarise(full, {**dict.fromkeys(TASKS, "generated"), "ruler_qa_1": "local"})
+    assert found["name"] == "RULER's tasks on local data" and found["local"] == ["ruler_qa_1"]
+    assert found["effective_length"] == 4096 and found["notes"] == [
+        "Averages on local data: the text in qa_1 is whatever --data-dir holds."
+    ]
+
     fewer = {task: {4096: 1.0} for task in TASKS} | {"ruler_vt": {8192: 0.0}, "ruler_cwe": {4096: 0.0, 8192: 1.0}}
     found = summarise(fewer)
     assert found["tasks"] == {4096: 12, 8192: 2}

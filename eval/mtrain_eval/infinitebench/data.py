@@ -99,6 +99,11 @@ def open_rows(options: SuiteOptions, entry: Entry) -> Lines:
     raise EvalError(where_from(options, entry))
 
 
+def row_source(options: SuiteOptions, entry: Entry) -> str:
+    """``local`` where `open_rows` reads a file of the data directory, ``published`` where it asks the hub."""
+    return "local" if _local(options, entry) else "published"
+
+
 def where_from(options: SuiteOptions, entry: Entry) -> str:
     """What to download for a task, and where to put it."""
     folder = Path(options.data_dir or "DATA_DIR") / FOLDER

@@ -1,4 +1,4 @@
-"""InfiniteBench's tasks on its own data."""
+"""InfiniteBench's tasks on its own data, or on files of a data directory that claim to be it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mtrain_eval.infinitebench.catalogue import Entry
-from mtrain_eval.infinitebench.data import Lines, open_rows
+from mtrain_eval.infinitebench.data import Lines, open_rows, row_source
 from mtrain_eval.infinitebench.labels import as_targets, restore
 from mtrain_eval.infinitebench.prompts import Frame, frame
 from mtrain_eval.infinitebench.scorers import SCORERS
@@ -22,11 +22,11 @@ class PublishedTask:
     """One of the 12 tasks; sample ``index`` is row ``index`` of its file, cut in the middle to fit the length."""
 
     suite = "infinitebench"
-    source = "published"
 
     def __init__(self, options: SuiteOptions, entry: Entry) -> None:
         self.name = entry.name
         self.metric = entry.metric
+        self.source = row_source(options, entry)
         self._options = options
         self._entry = entry
 
@@ -87,7 +87,8 @@ class PublishedTask:
         if length < needed:
             raise DoesNotFitError(
                 f"{self.name} needs a length of {needed}: {self._entry.max_new_tokens} tokens are generated, and instruction "
-                f"and question have {sides[0]} and {sides[1]}"
+                f"and question have {sides[0]} and {sides[1]}",
+                needed,
             )
 
     def _text(self, ids: np.ndarray) -> str:

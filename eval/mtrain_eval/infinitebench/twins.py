@@ -71,7 +71,9 @@ class TwinTask:
             DoesNotFitError: the length is too short for any.
         """
         if length < self._shortest:
-            raise DoesNotFitError(f"{self.name} needs a length of {self._shortest} with this tokenizer, not {length}")
+            raise DoesNotFitError(
+                f"{self.name} needs a length of {self._shortest} with this tokenizer, not {length}", self._shortest
+            )
         room = length - self.max_new_tokens
         core = self._core(room)
         while True:

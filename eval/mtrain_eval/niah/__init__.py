@@ -5,7 +5,7 @@ niah_kamradt   a sentence about San Francisco in Paul Graham's essays (github.co
 niah_number    the magic number of a city (MInference's variant, arXiv 2407.02490)
 niah_pairs     a key-value pair of mtrain's own symbols, where the tokenizer has them
 
-The essays come from DATA_DIR/paul_graham_essays, or the hub with --online (source: published); otherwise prose made by rule
+The essays come from DATA_DIR/paul_graham_essays (source: local), or the hub with --online (published); otherwise prose made by rule
 takes their place (source: synthetic).
 """
 

@@ -72,7 +72,8 @@ class ProseTask:
         if length < self._shortest:
             raise DoesNotFitError(
                 f"{self.name}: {length} tokens do not hold the question, its answer and a haystack as long as the needle; "
-                f"it takes {self._shortest} with this tokenizer"
+                f"it takes {self._shortest} with this tokenizer",
+                self._shortest,
             )
         depth, round_ = depth_of(index, self.depths)
         rng = sample_rng(self.options.seed, self.name, length, index)

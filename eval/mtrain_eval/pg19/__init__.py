@@ -3,8 +3,8 @@
 pg19           the first L tokens of every book of at least L tokens, in one pass of full length
 pg19_rolling   windows of L tokens over the whole of every book, half of each new
 
-The books come from DATA_DIR/pg19 (text files, or JSON lines with a field ``text``), or the hub with --online (source:
-published); otherwise library source that mtrain holds out of training takes their place (source: synthetic).
+The books come from DATA_DIR/pg19 (text files, or JSON lines with a field ``text``; source: local), or the hub with --online
+(source: published); otherwise library source that mtrain holds out of training takes their place (source: synthetic).
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ _HUB = "emozilla/pg19-test"
 class Books:
     """Tokenised documents in a fixed order, read when first asked for.
 
-    ``source`` is ``published`` for books from DATA_DIR/pg19 or the hub, ``synthetic`` for the stand-in: the twentieth of
-    Python's standard library that mtrain's own sources hold out.
+    ``source`` is ``local`` for texts from DATA_DIR/pg19, ``published`` for the hub's, ``synthetic`` for the stand-in: the
+    twentieth of Python's standard library that mtrain's own sources hold out.
 
     Raises:
         EvalError: a folder of books without any.
@@ -32,11 +32,11 @@ class Books:
     def __init__(self, options: SuiteOptions) -> None:
         self.options = options
         self.files = texts_of(options, FOLDER, "the books of PG-19's test set")
-        self.source = "published" if self.files or options.online else "synthetic"
+        self.source = "local" if self.files else "published" if options.online else "synthetic"
 
     def missing(self) -> str | None:
         """What is missing in a data directory that was given, and what to do; None: nothing is, or none was given."""
-        if self.options.data_dir is None or self.source == "published":
+        if self.options.data_dir is None or self.source != "synthetic":
             return None
         return (
             f"no books in {Path(self.options.data_dir) / FOLDER}: put the test books of PG-19 there as text files; or give "

@@ -112,7 +112,8 @@ class BooksWhole(BooksTask):
         if not pieces or length < _SHORTEST:
             raise DoesNotFitError(
                 f"{self.name}: all {len(lengths)} texts together are {int(lengths.sum())} tokens long, {length} were asked for; "
-                f"it takes at least {_SHORTEST} tokens and at most what there is (more books: --data-dir or --online)"
+                f"it takes at least {_SHORTEST} tokens and at most what there is (more books: --data-dir or --online)",
+                _SHORTEST,
             )
         return pieces
 
@@ -160,7 +161,8 @@ class BooksRolling(BooksTask):
         if length < _SHORTEST or not 0 < stride < length:
             raise DoesNotFitError(
                 f"{self.name}: windows of {length} tokens with {stride} new ones each; expected a length of at least {_SHORTEST} "
-                "and a stride from 1 to the length - 1"
+                "and a stride from 1 to the length - 1",
+                _SHORTEST,
             )
         if length not in self._windows:
             made = [window for number in range(len(self.books.lengths)) for window in self._of(number, length, stride)]

@@ -77,7 +77,8 @@ class RecallTask:
         if length < maker.shortest():
             raise DoesNotFitError(
                 f"{self.name}: {length} tokens do not hold {self.shape.pairs} pairs and {self.shape.questions} questions; "
-                f"it takes {maker.shortest()}"
+                f"it takes {maker.shortest()}",
+                maker.shortest(),
             )
         if depth is not None:
             maker = self._at(depth)

@@ -22,7 +22,7 @@ class Essays:
 
     @property
     def source(self) -> str:
-        """``published`` or ``synthetic``."""
+        """``local``, ``published`` or ``synthetic``."""
         return essay_source(self._options)
 
     @cached_property

@@ -35,7 +35,7 @@ class QuestionAnswering(RulerTask):
 
     @property
     def source(self) -> str:  # type: ignore[override]
-        """``published`` with SQuAD or HotpotQA at hand, else ``synthetic``."""
+        """``local`` or ``published`` with SQuAD or HotpotQA at hand, else ``synthetic``."""
         return data_source(self.options, self.data)
 
     def missing(self) -> str | None:

@@ -72,12 +72,14 @@ def found_file(options: SuiteOptions, data: DataSet) -> Path | None:
 
 
 def data_source(options: SuiteOptions, data: DataSet) -> str:
-    """``published`` when the set is at hand or may be fetched, else ``synthetic``.
+    """``local`` when the set's file is at hand, ``published`` when it may be fetched, else ``synthetic``.
 
     Raises:
         EvalError: the data directory has a folder for RULER, and the set is not in it.
     """
-    if options.online or found_file(options, data):
+    if found_file(options, data):
+        return "local"
+    if options.online:
         return "published"
     if options.data_dir is not None and (options.data_dir / FOLDER).is_dir():
         raise EvalError(_absent(options.data_dir / FOLDER, data))
@@ -86,7 +88,7 @@ def data_source(options: SuiteOptions, data: DataSet) -> str:
 
 def missing_data(options: SuiteOptions, data: DataSet) -> str | None:
     """What is missing in a data directory that was given, and what to do; None: nothing is, or none was given."""
-    if options.data_dir is None or data_source(options, data) == "published":
+    if options.data_dir is None or data_source(options, data) != "synthetic":
         return None
     return _absent(options.data_dir, data)
 

@@ -48,6 +48,7 @@ def summarise(
         ``wavg_inc``, ``wavg_dec``  over all lengths; None unless all lengths have the same tasks
         ``effective_length``        over the lengths from 4K on that have all 13 tasks; None where none passes or has them
         ``synthetic``     tasks whose text is a stand-in: with any here the averages are not RULER scores
+        ``local``         tasks on files of the data directory, of which nobody knows whether they are the published ones
         ``name``          what the averages may be called
         ``notes``         what a reader must know, in sentences
     """
@@ -57,7 +58,10 @@ def summarise(
     lengths = sorted({n for row in values.values() for n in row})
     have = {n: [task for task in TASKS if n in values.get(task, {})] for n in lengths}
     average = {n: sum(values[task][n] for task in have[n]) / len(have[n]) for n in lengths}
-    synthetic = [task for task in TASKS if task in values and (sources or {}).get(task) == "synthetic"]
+    synthetic, local = (
+        [task for task in TASKS if task in values and (sources or {}).get(task) == source]
+        for source in ("synthetic", "local")
+    )
     whole = {n: value for n, value in average.items() if len(have[n]) == len(TASKS)}
     same = bool(lengths) and all(have[n] == have[lengths[0]] for n in lengths)
     rising, falling = weighted(list(average.values())) if same else (None, None)
@@ -69,16 +73,22 @@ def summarise(
         "wavg_dec": falling,
         "effective_length": effective_length(whole),
         "synthetic": synthetic,
-        "name": "RULER" if complete and not synthetic else "RULER-shaped tasks",
-        "notes": _notes(have, synthetic, same),
+        "local": local,
+        "name": ("RULER's tasks on local data" if local else "RULER")
+        if complete and not synthetic
+        else "RULER-shaped tasks",
+        "notes": _notes(have, synthetic, local, same),
     }
 
 
-def _notes(have: Mapping[int, list[str]], synthetic: list[str], same: bool) -> list[str]:
+def _notes(have: Mapping[int, list[str]], synthetic: list[str], local: list[str], same: bool) -> list[str]:
     notes = []
     if synthetic:
         names = ", ".join(task.removeprefix("ruler_") for task in synthetic)
         notes.append(f"Made-up text stands in for the published data in {names}: the averages are not RULER scores.")
+    if local:
+        names = ", ".join(task.removeprefix("ruler_") for task in local)
+        notes.append(f"Averages on local data: the text in {names} is whatever --data-dir holds.")
     partial = [f"{n} ({len(tasks)})" for n, tasks in have.items() if len(tasks) < len(TASKS)]
     if partial:
         notes.append(f"Not all 13 tasks at length {', '.join(partial)}: no RULER score there, and no effective length.")
