@@ -16,8 +16,8 @@ import numpy as np
 
 from mtrain.errors import EvalError
 from mtrain_eval.fingerprint import differences
-from mtrain_eval.results import SHARES, Results, lengths, load_results, short, suites, task_names
-from mtrain_eval.show import Table, markdown, percent_change, percent_of, plain_change, probability
+from mtrain_eval.results import FILE, SHARES, Results, lengths, load_results, short, suites, task_names
+from mtrain_eval.show import Table, markdown, percent_change, percent_of, plain_change, probability, terminal
 from mtrain_eval.statistics import (
     Difference,
     Row,
@@ -31,6 +31,7 @@ from mtrain_eval.store import write_whole
 UP, DOWN = "\u25b2", "\u25bc"
 # Parts of a fingerprint that decide which prompts are made; the others (model, attention, precision) are what is compared.
 PROMPTS = ("seed", "tokenizer", "data", "versions")
+FORMS = "a run is given as DIR, one kind of attention in it as DIR:dense or DIR/dense (or sparse)"
 
 
 @dataclass(frozen=True)
@@ -59,27 +60,28 @@ class Side:
 
 
 def compare(a: Path, b: Path, *, output: Path | None = None) -> str:
-    """Compare two runs; the markdown that says how they differ.
+    """Compare two runs; tables for a terminal that say how they differ.
 
     Args:
-        a, b: run directories; ``DIR:dense`` or ``DIR:sparse`` names one kind of attention of a run. The same directory twice
-            compares dense with sparse.
-        output: directory for compare.md and compare.html; None: nothing is written.
+        a, b: each is ``DIR``, the --output of a run; or ``DIR:dense``, ``DIR:sparse`` (also ``DIR/dense``, ``DIR/sparse``), one
+            kind of attention in it. Two whole runs are compared kind by kind; the same directory twice compares dense with
+            sparse.
+        output: directory for compare.md (the tables as markdown) and compare.html; None: nothing is written.
 
     Raises:
         EvalError: a run cannot be read, the two have nothing in common, or they were asked different prompts.
     """
     sides = choose_sides(str(a), str(b))
     parts = [tables_of(left, right) for left, right in sides]
-    text = "\n".join(markdown(table) for part in parts for table in part)
+    tables = [table for part in parts for table in part]
     if output is not None:
         # The page needs this module for the paired tables of a report.
         from mtrain_eval.html import comparison_page
 
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "compare.md", text)
+        write_whole(output / "compare.md", "\n".join(map(markdown, tables)))
         write_whole(output / "compare.html", comparison_page(sides, parts))
-    return text
+    return "\n".join(map(terminal, tables))
 
 
 # --- what is compared with what ------------------------------------------------------------------------------------------
@@ -92,6 +94,9 @@ def choose_sides(a: str, b: str) -> list[tuple[Side, Side]]:
         EvalError: it is not clear which attention of A belongs to which of B.
     """
     (path_a, kind_a), (path_b, kind_b) = split_side(a), split_side(b)
+    for path in (path_a, path_b):
+        if not path.exists():
+            raise EvalError(f"cannot read {path}: there is no such run; {FORMS}")
     same = path_a.resolve() == path_b.resolve()
     run_a = load_results(path_a)
     run_b = run_a if same else load_results(path_b)
@@ -118,7 +123,11 @@ def choose_sides(a: str, b: str) -> list[tuple[Side, Side]]:
 
 
 def split_side(text: str) -> tuple[Path, str | None]:
-    """``DIR:dense`` -> (DIR, dense); a path that exists is taken as it is."""
+    """``DIR:dense`` and, in a run directory, ``DIR/dense`` -> (DIR, dense); another path that exists is taken as it is."""
+    path = Path(text)
+    # The rows of a kind lie in a directory of its name, so this path mostly exists.
+    if path.name and not path.is_file() and not (path / FILE).exists() and (path.parent / FILE).exists():
+        return path.parent, path.name
     head, _, kind = text.rpartition(":")
     if not head or "/" in kind or "\\" in kind or Path(text).exists():
         return Path(text), None
@@ -132,7 +141,7 @@ def _kinds(run: Results, given: str, kind: str | None) -> list[str]:
     if kind is None:
         return kinds
     if kind not in kinds:
-        raise EvalError(f"{given}: the run holds {_and(kinds)} attention, not {kind!r}")
+        raise EvalError(f"{given}: the run holds {_and(kinds)} attention, not {kind!r}; {FORMS}")
     return [kind]
 
 
@@ -229,7 +238,7 @@ def bounded_exp(ratio: np.ndarray) -> np.ndarray:
 
 def _suite_table(a: Side, b: Side, changes: dict[tuple[str, int], Difference]) -> Table:
     table = Table(
-        f"{b.name} against {a.name}: means of suites in %",
+        f"{a.name} (A) and {b.name} (B): means of suites in %",
         ["suite", "length", "tasks", "pairs", f"A: {a.name}", f"B: {b.name}", "B - A [95 %]", "p"],
         [],
     )
@@ -269,9 +278,10 @@ def _task_table(
         cells = [percent_change(one) if shares else _with_start(one) for one in found]
         marked = [_marked(text, one) for text, one in zip(cells, found, strict=True)]
         table.rows.append([name, a.results["tasks"][name]["metric"], count, *marked])
-    table.notes.append(
-        f"{UP} {DOWN}: the interval leaves out zero; of {tested} such intervals about {0.05 * tested:.1f} would by chance"
-    )
+    if tested:
+        table.notes.append(
+            f"{UP} {DOWN}: the interval leaves out zero; of {tested} such intervals about {0.05 * tested:.1f} would by chance"
+        )
     return table
 
 
@@ -286,10 +296,15 @@ def _marked(text: str, change: Difference | None) -> str:
 
 
 def _only_table(a: Side, b: Side) -> Table:
-    """Samples that only one side answered, per task and length."""
-    table = Table("answered by one side only", ["task", "length", f"only {a.name}", f"only {b.name}"], [])
-    keys = [{(row["task"], row["length"], row["index"]) for row in side.all_rows()} for side in (a, b)]
-    for task, length in sorted({key[:2] for key in keys[0] ^ keys[1]}):
-        counts = [sum(key[:2] == (task, length) for key in own - other) for own, other in (keys, keys[::-1])]
-        table.rows.append([task, short(length), *map(str, counts)])
+    """Samples that only one side answered, counted per suite."""
+    table = Table(
+        "answered by one side only", ["suite", "tasks", "lengths", f"only A: {a.name}", f"only B: {b.name}"], []
+    )
+    keys = [{(row["suite"], row["task"], row["length"], row["index"]) for row in side.all_rows()} for side in (a, b)]
+    alone = keys[0] ^ keys[1]
+    for suite in sorted({key[0] for key in alone}):
+        mine = [key for key in alone if key[0] == suite]
+        counts = [sum(key in own for key in mine) for own in keys]
+        asked = ", ".join(short(length) for length in sorted({key[2] for key in mine}))
+        table.rows.append([suite, str(len({key[1] for key in mine})), asked, *map(str, counts)])
     return table

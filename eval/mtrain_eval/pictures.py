@@ -1,7 +1,7 @@
 """Pictures of a run: needle maps (length x depth), tasks x lengths, perplexity over lengths and over positions.
 
-Colours mean the same in every picture: red 0, yellow 0.5, green 1; differences from purple (worse) over white to blue (better). A
-cell without a sample is hatched, never coloured.
+Colours mean the same in every picture: red 0 %, yellow 50 %, green 100 %; differences from purple (worse) over white to blue
+(better). A cell without a sample is hatched, never coloured.
 """
 
 from __future__ import annotations
@@ -102,7 +102,12 @@ def needle_map(results: Results, task: str, views: Sequence[View] | None = None)
     }
     labels = [f"{100 * depth:.0f} %" for depth in down]
     return _panels(
-        results, values, across, labels, f"{task} ({results['tasks'][task]['source']})", "depth of the needle"
+        results,
+        values,
+        across,
+        labels,
+        f"{task} ({results['tasks'][task]['source']}): right answers in %",
+        "depth of the needle",
     )
 
 
@@ -145,18 +150,18 @@ def _panels(
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, np.ndarray, tuple[str, ...], float]] = [
-        (attention, grid, RED_YELLOW_GREEN, 0.0) for attention, grid in values.items()
+        (attention, 100 * grid, RED_YELLOW_GREEN, 0.0) for attention, grid in values.items()
     ]
     if len(values) == 2:
         (first, a), (second, b) = values.items()
-        panels.append((f"{second} - {first}", b - a, PURPLE_WHITE_BLUE, -1.0))
+        panels.append((f"{second} - {first}", 100 * (b - a), PURPLE_WHITE_BLUE, -100.0))
     size = (2.2 + max(2.4, 0.62 * len(across)) * len(panels), 1.6 + max(1.2, 0.3 * len(down)))
     picture = Figure(figsize=size, layout="constrained")
     axes = picture.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for i, (axis, (name, grid, colours, lowest)) in enumerate(zip(axes, panels, strict=True)):
         colour_map = LinearSegmentedColormap.from_list(name, colours)
         image = axis.pcolormesh(
-            np.ma.masked_invalid(grid), cmap=colour_map, vmin=lowest, vmax=1.0, edgecolors="white", linewidth=1
+            np.ma.masked_invalid(grid), cmap=colour_map, vmin=lowest, vmax=100.0, edgecolors="white", linewidth=1
         )
         _fill(axis, grid, lowest)
         axis.set_title(name, fontsize=10)
@@ -172,7 +177,7 @@ def _panels(
 
 
 def _fill(axis: Any, grid: np.ndarray, lowest: float) -> None:
-    """Numbers into the cells, hatches where there is no sample."""
+    """Numbers (in %) into the cells, hatches where there is no sample."""
     from matplotlib.patches import Rectangle
 
     for (row, column), value in np.ndenumerate(grid):
@@ -180,8 +185,8 @@ def _fill(axis: Any, grid: np.ndarray, lowest: float) -> None:
             cell = Rectangle((column, row), 1, 1, facecolor="#eeeeee", edgecolor="#999999", hatch=HATCH, linewidth=0)
             axis.add_patch(cell)
         else:
-            text = f"{100 * value:+.0f}" if lowest < 0 else f"{100 * value:.0f}"
-            strong = abs(value) > 0.6 if lowest < 0 else value < 0.2 or value > 0.85
+            text = f"{round(value):+d}" if lowest < 0 and round(value) else str(round(value))
+            strong = abs(value) > 60 if lowest < 0 else value < 20 or value > 85
             colour = "white" if strong else "black"
             axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
 
@@ -223,7 +228,7 @@ def perplexity_curve(results: Results, task: str) -> Any:
         )
     _length_axis(results, axis, across)
     axis.set_ylabel(metric)
-    axis.set_title(f"{task} ({results['tasks'][task]['source']})", fontsize=11)
+    axis.set_title(_curve_title(results, task, across), fontsize=11)
     axis.legend()
     return picture
 
@@ -242,7 +247,7 @@ def position_curve(results: Results, task: str) -> Any:
     _length_axis(results, axis, sorted({end for points in buckets[longest].values() for end in points}))
     axis.set_xlabel("position (end of the bucket)")
     axis.set_ylabel("loss in nats per token")
-    axis.set_title(f"{task} at {short(longest)}: loss by position", fontsize=11)
+    axis.set_title(f"{_curve_title(results, task, [longest])} at {short(longest)}: loss by position", fontsize=11)
     axis.legend()
     return picture
 
@@ -260,6 +265,14 @@ def position_buckets(results: Results, task: str) -> dict[int, dict[str, dict[in
             if points:
                 found.setdefault(int(length), {})[attention] = points
     return found
+
+
+def _curve_title(results: Results, task: str, asked: Sequence[int]) -> str:
+    """The task, what its text is, and of how many samples each point is."""
+    counts = {len(rows_of(results, attention, task, length)) for attention in results["attentions"] for length in asked}
+    counts.discard(0)
+    number = f", n={min(counts)}" + (f"-{max(counts)}" if len(counts) > 1 else "") if counts else ""
+    return f"{task} ({results['tasks'][task]['source']}{number})"
 
 
 def _length_axis(results: Results, axis: Any, across: Sequence[int]) -> None:

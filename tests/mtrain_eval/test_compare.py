@@ -39,7 +39,7 @@ def tables(a: Path | str, b: Path | str) -> list[Table]:
 
 def test_dense_against_sparse_in_one_run_by_hand(runs: Path) -> None:
     found = tables(runs / "both", runs / "both")
-    assert [table.title.split(":")[0] for table in found] == ["sparse against dense", "niah", "retrieval", "pg19"]
+    assert [table.title.split(":")[0] for table in found] == ["dense (A) and sparse (B)", "niah", "retrieval", "pg19"]
     suites = {(line[0], line[1]): line for line in found[0].rows}
     assert suites["retrieval", "1K"][2:6] == ["1", "8", "75.0", "50.0"]
     # right for 1, 2, 3, 5, 6, 7 against 1, 3, 5, 7: worse for 2, better for none; one of each added: 1/10 and 3/10
@@ -54,11 +54,12 @@ def test_dense_against_sparse_in_one_run_by_hand(runs: Path) -> None:
 
 def test_the_same_kinds_of_two_runs(runs: Path) -> None:
     found = tables(runs / "both", runs / "again")
-    titles = [table.title for table in found if "against" in table.title]
+    titles = [table.title for table in found if "(A)" in table.title]
     assert titles == [
-        "again (dense) against both (dense): means of suites in %",
-        "again (sparse) against both (sparse): means of suites in %",
+        "both (dense) (A) and again (dense) (B): means of suites in %",
+        "both (sparse) (A) and again (sparse) (B): means of suites in %",
     ]
+    assert found[0].header[4:6] == ["A: both (dense)", "B: again (dense)"]
     assert all(line[6].startswith("+0.0 [") and line[7] == "1.00" for line in found[0].rows)
 
 
@@ -67,6 +68,7 @@ def test_sides_can_be_named(runs: Path) -> None:
         (f"{runs / 'both'}:sparse", f"{runs / 'both'}:dense"),
         (runs / "sparse_only", runs / "dense_only"),
         (runs / "sparse_only", f"{runs / 'both'}:dense"),
+        (runs / "both" / "sparse", f"{runs / 'both'}/dense/"),
     ]:
         ((left, right),) = choose_sides(str(a), str(b))
         assert (left.attention, right.attention) == ("sparse", "dense")
@@ -90,9 +92,11 @@ def test_split_side(tmp_path: Path) -> None:
     [
         ("both", "seeded", "different prompts.*what differs: seed: 0 -> 1"),
         ("dense_only", "dense_only", "holds dense attention only"),
-        ("both:moba", "both:dense", "holds dense and sparse attention, not 'moba'"),
+        ("both:moba", "both:dense", "holds dense and sparse attention, not 'moba'; .*DIR:dense or DIR/dense"),
+        ("both/moba", "both:dense", "holds dense and sparse attention, not 'moba'"),
         ("both:dense", "again", "say which to compare"),
-        ("both", "nowhere", "cannot read"),
+        ("both", "nowhere", "cannot read .*no such run; a run is given as DIR, .*DIR:dense"),
+        (".", "both", "cannot read .*results.json"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(runs: Path, a: str, b: str, complaint: str) -> None:
@@ -150,8 +154,9 @@ def test_what_only_one_answered_is_listed(runs: Path, tmp_path: Path) -> None:
 
     part = changed(runs / "dense_only", tmp_path / "part", fewer)
     found = tables(runs / "dense_only", part)
-    assert found[-1].header[2:] == ["only dense_only (dense)", "only part (dense)"]
-    assert found[-1].rows == [["keys", "1K", "3", "0"], ["keys", "4K", "3", "0"]]
+    assert found[-1].header[3:] == ["only A: dense_only (dense)", "only B: part (dense)"]
+    assert found[-1].rows == [["retrieval", "1", "1K, 4K", "6", "0"]]
+    assert tables(part, runs / "dense_only")[-1].rows == [["retrieval", "1", "1K, 4K", "0", "6"]]
     assert found[0].rows[2][3] == "5"
 
     def none(found: dict[str, Any]) -> None:
@@ -161,9 +166,23 @@ def test_what_only_one_answered_is_listed(runs: Path, tmp_path: Path) -> None:
         tables(runs / "dense_only", changed(runs / "dense_only", tmp_path / "none", none))
 
 
-def test_compare_writes_what_it_returns(runs: Path, tmp_path: Path) -> None:
+def test_no_word_of_intervals_where_there_are_none(runs: Path, tmp_path: Path) -> None:
+    def one_each(found: dict[str, Any]) -> None:
+        found["samples"] = [s for s in found["samples"] if s["index"] == 0]
+
+    many = {table.title: table.notes for table in tables(runs / "both", runs / "both")}
+    one = {t.title: t.notes for t in tables(*[changed(runs / "both", tmp_path / "one", one_each)] * 2)}
+    title = next(title for title in many if title.startswith("pg19"))
+    assert any("by chance" in note for note in many[title]) and one[title] == []
+
+
+def test_compare_shows_tables_and_writes_markdown(runs: Path, tmp_path: Path) -> None:
     text = compare(runs / "both", runs / "both", output=tmp_path / "out")
-    assert (tmp_path / "out" / "compare.md").read_text(encoding="utf-8") == text
+    assert "|" not in text and max(map(len, text.splitlines())) < 140
+    lines = text.splitlines()
+    assert lines[0] == "dense (A) and sparse (B): means of suites in %" and set(lines[1]) == {"="}
+    written = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert written.startswith(f"### {lines[0]}\n\n| suite |") and written.count("###") == text.count("\n===")
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert page.count("<table>") == 4 and "<script" not in page
     assert [text.split('"')[0] for text in page.split('<img alt="')[1:]] == [

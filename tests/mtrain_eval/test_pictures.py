@@ -13,7 +13,8 @@ from mtrain_eval import pictures
 from mtrain_eval.results import build
 from mtrain_eval.sample import Figure
 from mtrain_eval.statistics import mean_figures
-from tests.mtrain_eval.hand_made import TASKS, HandTask, make_run
+from mtrain_eval.store import Cell, Store
+from tests.mtrain_eval.hand_made import TASKS, HandTask, make_run, row
 
 
 def results_of(output: Path, tasks: Any = TASKS) -> dict[str, Any]:
@@ -38,11 +39,12 @@ def hatched(axis: Any) -> list[tuple[float, float]]:
 def test_needle_map(results: dict[str, Any]) -> None:
     axes = panels(pictures.needle_map(results, "grid"))
     assert [axis.get_title() for axis in axes] == ["dense", "sparse", "sparse - dense"]
-    assert [axis.collections[0].get_clim() for axis in axes] == [(0, 1), (0, 1), (-1, 1)]
+    assert [axis.collections[0].get_clim() for axis in axes] == [(0, 100), (0, 100), (-100, 100)]
     grids = [np.ma.filled(axis.collections[0].get_array(), np.nan) for axis in axes]
-    np.testing.assert_array_equal(grids[0], [[1, 1], [1, 1], [np.nan, 1]])
-    np.testing.assert_array_equal(grids[1], [[0, 0], [1, 1], [np.nan, 1]])
-    np.testing.assert_array_equal(grids[2], [[-1, -1], [0, 0], [np.nan, 0]])
+    np.testing.assert_array_equal(grids[0], [[100, 100], [100, 100], [np.nan, 100]])
+    np.testing.assert_array_equal(grids[1], [[0, 0], [100, 100], [np.nan, 100]])
+    np.testing.assert_array_equal(grids[2], [[-100, -100], [0, 0], [np.nan, 0]])
+    assert [text.get_text() for text in axes[2].texts] == ["-100", "-100", "0", "0", "0"]
     assert [hatched(axis) for axis in axes] == [[(0, 2)]] * 3
     assert [text.get_text() for text in axes[0].get_xticklabels()] == ["1K", "4K\u2020"]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["0 %", "50 %", "100 %"]
@@ -67,7 +69,7 @@ def test_task_map(results: dict[str, Any]) -> None:
     assert len(axes) == 3
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["grid", "keys", "prose*"]
     np.testing.assert_allclose(
-        np.ma.filled(axes[1].collections[0].get_array(), np.nan), [[0.5, 4 / 6], [0.5, 0.5], [np.nan, 0.5]]
+        np.ma.filled(axes[1].collections[0].get_array(), np.nan), [[50, 400 / 6], [50, 50], [np.nan, 50]]
     )
     assert [hatched(axis) for axis in axes] == [[(0, 2)]] * 3
 
@@ -78,6 +80,25 @@ def test_perplexity_curve(results: dict[str, Any]) -> None:
     np.testing.assert_allclose(lines["dense"].get_xydata(), [[1024, 9.25], [4096, 8.5]])
     np.testing.assert_allclose(lines["sparse"].get_xydata()[:, 1], [9.75, 9.0])
     assert axis.get_xscale() == "log" and axis.get_ylabel() == "perplexity"
+    assert axis.get_title() == "books (synthetic, n=4)"
+
+
+def test_a_curve_of_one_sample_says_so(tmp_path: Path) -> None:
+    output = make_run(tmp_path / "run", ("dense",))
+    store = Store(output)
+    store.append(Cell("dense", "books", 512), row(TASKS[3], 512, 0, 7.0))
+    alone = HandTask("alone", "pg19", metric="perplexity")
+    store.append(Cell("dense", "alone", 512), row(alone, 512, 0, 7.0))
+    store.close()
+    found = results_of(output, [*TASKS, alone])
+    titles = [pictures.perplexity_curve(found, name).axes[0].get_title() for name in ("books", "alone")]
+    assert titles == ["books (synthetic, n=1-4)", "alone (generated, n=1)"]
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign(results: dict[str, Any]) -> None:
+    values = {"a": np.array([[0.5, 0.5, 0.5]]), "b": np.array([[0.497, 0.503, 0.52]])}
+    axes = panels(pictures._panels(results, values, [1024, 2048, 4096], ["x"], "t", ""))
+    assert [text.get_text() for text in axes[2].texts] == ["0", "0", "+2"]
 
 
 class Positions(HandTask):
@@ -93,6 +114,7 @@ def test_loss_by_position(tmp_path: Path) -> None:
     (axis,) = pictures.position_curve(found, "books").axes
     assert [line.get_label() for line in axis.lines] == ["dense", "sparse"]
     np.testing.assert_allclose(axis.lines[0].get_xydata(), [[512, 2.5], [1024, 2.0]])
+    assert axis.get_title() == "books (synthetic, n=4) at 4K: loss by position"
     drawn = pictures.draw_all(found, tmp_path)
     assert set(drawn) >= {"books.png", "books_positions.png"}
     assert all((tmp_path / name).stat().st_size > 5000 for name in drawn)
