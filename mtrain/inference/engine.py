@@ -120,7 +120,7 @@ class Engine:
 
     @torch.inference_mode()
     def generate(
-        self, ids: np.ndarray, max_new_tokens: int, *, stop: Callable[[list[int]], bool] | None = None
+        self, ids: np.ndarray | Sequence[int], max_new_tokens: int, *, stop: Callable[[list[int]], bool] | None = None
     ) -> Generation:
         """Continue a text greedily.
 
@@ -282,7 +282,7 @@ class Engine:
             decoder: Any = self.model.base_model
             decoder.rotary_emb(torch.zeros(1, 1, 1, device=self.device), start)
 
-    def _check(self, ids: np.ndarray, question: str, new: int = 0) -> Tensor:
+    def _check(self, ids: np.ndarray | Sequence[int], question: str, new: int = 0) -> Tensor:
         """The text as int64 [n], known to be a possible one and the same on every rank."""
         given = np.asarray(ids)
         # Ranks that answer different questions would wait for each other, or mix two texts without a word.
@@ -293,6 +293,8 @@ class Engine:
                 "the ranks of the ring were asked different questions: every rank must make the same calls with the same "
                 "ids"
             )
+        if given.dtype.kind == "U":
+            raise EvalError("ids must be token ids, got text: encode it first with engine.tokenizer(text)['input_ids']")
         if given.ndim != 1 or given.size == 0 or not np.issubdtype(given.dtype, np.integer):
             raise EvalError(f"ids must be whole numbers of shape [n], n >= 1; got {given.dtype} {list(given.shape)}")
         if int(given.min()) < 0 or int(given.max()) >= self.vocab_size:

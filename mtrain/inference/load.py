@@ -32,6 +32,15 @@ def load_engine(
 ) -> Engine:
     """Load a model for inference on this rank.
 
+    Example::
+
+        from mtrain.inference import load_engine
+
+        engine = load_engine("runs/quickstart/sparse/export")
+        ids = engine.tokenizer("The grass is")["input_ids"]
+        found = engine.generate(ids, max_new_tokens=20)
+        print(engine.tokenizer.decode(found.tokens, skip_special_tokens=True))
+
     Args:
         path: local directory in Hugging Face format, such as the export of a training, or a hub id.
         attention: of the prefill; None: dense.

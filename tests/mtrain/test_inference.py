@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,20 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = byte_tokenizer()
     model = model_of("qwen2", vocab_size=len(tokenizer), max_position_embeddings=96)
     return export_model(model, tokenizer, tmp_path_factory.mktemp("export") / "model")
+
+
+def test_the_example_of_load_engine_runs(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = (load_engine.__doc__ or "").split("Example::")[1].split("Args:")[0]
+    exec(textwrap.dedent(example).replace("runs/quickstart/sparse/export", str(export)), {})
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_text_in_place_of_ids_is_told_how_to_become_ids(export: Path) -> None:
+    engine = load_engine(str(export))
+    text: Any = "needle"
+    for ask in (lambda: engine.generate(text, 3), lambda: engine.token_logprobs(text)):
+        with pytest.raises(EvalError, match=r"got text: encode it first with engine.tokenizer\(text\)\['input_ids'\]"):
+            ask()
 
 
 def test_load(export: Path) -> None:
