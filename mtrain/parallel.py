@@ -43,6 +43,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether the launcher has given this process rank 0 (True without a launcher)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_world_size(parallel: ParallelRecipe, world_size: int) -> None:
     """Refuse a launch whose processes do not make dp x outer x inner.
 

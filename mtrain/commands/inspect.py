@@ -11,6 +11,7 @@ import yaml
 
 from mtrain.cli import add_recipe_arguments, split_words
 from mtrain.recipe import Recipe, load_recipe
+from mtrain.recipe.schema import TopKBudget
 
 # Bytes of a head's table of blocks beyond which a warning is due.
 BLOCK_TABLE = 4 << 20
@@ -76,7 +77,18 @@ def warnings(recipe: Recipe) -> list[str]:
         )
     chunk = attention.chunk or attention.block
     if attention.pattern == "moba" and attention.top_k * chunk >= train.seq_len:
-        found.append(f"top_k {attention.top_k} chunks of {chunk} cover all {train.seq_len} tokens: attention is dense")
+        found.append(
+            f"attention.top_k={attention.top_k} of {-(-train.seq_len // chunk)} chunks: moba computes everything at "
+            f"{train.seq_len} tokens; lower top_k or chunk"
+        )
+    budget = attention.budget
+    if attention.pattern in ("vertical_slash", "random_columns") and isinstance(budget, TopKBudget):
+        for name, count in (("columns", budget.columns), ("slashes", budget.slashes)):
+            if count >= train.seq_len:
+                found.append(
+                    f"attention.budget.{name}={count}: {attention.pattern} computes everything at {train.seq_len} tokens; "
+                    f"lower {name}"
+                )
     if attention.pattern in ("xattention", "moba") and blocks**2 > BLOCK_TABLE:
         found.append(
             f"{attention.pattern} keeps a table of {blocks} x {blocks} blocks for every head of every layer, "

@@ -7,8 +7,10 @@ accelerate launch --config_file recipes/accelerate/cpu_2.yaml -m mtrain train qu
 from __future__ import annotations
 
 import argparse
+import sys
 
 from mtrain.cli import add_recipe_arguments, split_words
+from mtrain.commands.inspect import warnings
 from mtrain.recipe import load_recipe
 
 
@@ -21,7 +23,10 @@ def run(args: argparse.Namespace) -> int:
     """Train to the end of the recipe (or to checkpoint.stop_after)."""
     recipe, overrides = split_words(args.words)
     loaded = load_recipe(recipe, overrides)  # before torch is imported: a misspelt key costs no waiting
+    from mtrain.parallel import is_first_process
     from mtrain.trainer import train
 
+    for warning in warnings(loaded) if is_first_process() else ():
+        print(f"mtrain: warning: {warning}", file=sys.stderr, flush=True)
     train(loaded)
     return 0

@@ -148,9 +148,31 @@ def test_warnings(plain: str) -> None:
     for words in ("8 blocks for 9 ranks", "attention is dense", "first rank nearly idle", "1/256", "loses all of 1001"):
         assert any(words in warning for warning in found), (words, found)
     (found,) = warnings(load_recipe(plain, ["attention={pattern: moba, top_k: 4, chunk: 128}"]))
-    assert "top_k 4 chunks of 128 cover all 512" in found
+    assert found == "attention.top_k=4 of 4 chunks: moba computes everything at 512 tokens; lower top_k or chunk"
+    assert warnings(load_recipe(plain, ["attention={pattern: moba, top_k: 3, chunk: 128}"])) == []
+    for pattern in ("vertical_slash", "random_columns"):
+        for budget, name in (("512, slashes: 8", "columns=512"), ("8, slashes: 600", "slashes=600")):
+            words = f"attention={{pattern: {pattern}, budget: {{kind: topk, columns: {budget}}}}}"
+            (found,) = warnings(load_recipe(plain, [words]))
+            assert f"attention.budget.{name}: {pattern} computes everything at 512 tokens" in found
+    assert warnings(load_recipe(plain, ["attention.budget={kind: topk, columns: 511, slashes: 511}"])) == []
     found = warnings(load_recipe(plain, ["attention.pattern=xattention", "train.seq_len=512K"]))
     assert any("table of 8192 x 8192 blocks" in warning for warning in found)
+
+
+def test_train_says_what_inspect_warns_of_once(
+    trained: list[Recipe], plain: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", plain]) == 0
+    assert capsys.readouterr().err == ""
+    words = ["train", plain, "attention={pattern: moba}"]
+    assert main(words) == 0
+    line = "attention.top_k=8 of 8 chunks: moba computes everything at 512 tokens; lower top_k or chunk"
+    assert capsys.readouterr().err == f"mtrain: warning: {line}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+    assert len(trained) == 3
 
 
 def test_doctor_reports_versions_backends_and_processes(
