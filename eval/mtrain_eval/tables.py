@@ -27,6 +27,7 @@ from mtrain_eval.show import NOTHING, Table, number, percent, percent_of, plain
 BEYOND = "\u2020"  # dagger: beyond the positions the model was trained on
 STAND_IN = "*"
 TITLES = {"ruler": "RULER", "infinitebench": "InfiniteBench", "pg19": "PG-19"}
+LARGEST = 1e6  # of a perplexity in a table
 COLUMNS = 8  # figures side by side before a table is broken
 SOURCES = {
     "published": "published",
@@ -114,11 +115,14 @@ def perplexity_tables(results: Results, suite: str) -> list[Table]:
             f"{name} ({SOURCES[results['tasks'][name]['source']].rstrip(STAND_IN)})", ["figure", "attention"], []
         )
         table.header += [heading(results, length) for length in asked]
+        bytewise = _bytes_are_tokens(results, name)
         for metric in dict.fromkeys(metrics):
+            if metric == "byte_perplexity" and bytewise:
+                continue
             for attention in results["attentions"]:
                 found = {length: figure(results, attention, name, length, metric) for length in asked}
                 cells = [
-                    plain(one) if one is not None else notes.mark(reason(results, attention, name, length))
+                    _perplexity(one, notes) if one is not None else notes.mark(reason(results, attention, name, length))
                     for length, one in found.items()
                 ]
                 table.rows.append([metric, attention, *cells])
@@ -126,9 +130,27 @@ def perplexity_tables(results: Results, suite: str) -> list[Table]:
             counts = [str(len(rows_of(results, attention, name, length))) for length in asked]
             table.rows.append(["samples", attention, *counts])
         table.notes = [*_standing_notes(results, suite, asked), *notes.lines]
+        if bytewise:
+            table.notes.append("byte_perplexity is the perplexity: each token is one byte")
         table.notes.append("intervals by resampling documents; the loss by position is in results.json (nll_to_N)")
         tables.append(table)
     return tables
+
+
+def _perplexity(found: Figure, notes: _Notes) -> str:
+    if found.value <= LARGEST:
+        return plain(found)
+    return notes.mark("above a million, too large to say anything; the figure is in results.json")
+
+
+def _bytes_are_tokens(results: Results, task: str) -> bool:
+    """Whether perplexity by byte and by token are the same everywhere, as with a tokenizer of bytes."""
+    cells = [cell for per_task in results["figures"].values() for cell in per_task.get(task, {}).values()]
+    return bool(cells) and all(
+        {"perplexity", "byte_perplexity"} <= cell.keys()
+        and cell["perplexity"]["value"] == cell["byte_perplexity"]["value"]
+        for cell in cells
+    )
 
 
 def ruler_tables(results: Results) -> list[Table]:

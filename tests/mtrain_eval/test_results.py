@@ -100,6 +100,35 @@ def test_tables_by_hand(results: dict[str, Any]) -> None:
     ]
 
 
+class Sums(HandTask):
+    """Perplexities by token, byte and word as those of a run: the last one may be huge."""
+
+    huge, byte = 2.5e9, 9.25
+
+    def aggregate(self, rows: Any) -> dict[str, Figure]:
+        word = self.huge if rows[0]["length"] == 1024 else 1e6
+        found = {"perplexity": 9.25, "byte_perplexity": self.byte, "word_perplexity": word}
+        return {name: Figure(value, 4) for name, value in found.items()}
+
+
+def test_perplexities_that_say_nothing_are_left_out(tmp_path: Path) -> None:
+    output = make_run(tmp_path / "run", ("dense",))
+
+    def books(byte: float) -> Table:
+        task = Sums("books", "pg19", metric="perplexity", source="synthetic")
+        task.byte = byte
+        tables = all_tables(build(json.loads((output / "run.json").read_text()), output, [task]))
+        return next(table for table in tables if table.title == "books (synthetic)")
+
+    bytewise, wordwise = books(9.25), books(3.0)
+    assert bytewise.rows[1] == ["word_perplexity", "dense", "- [1]", "1e+06"]
+    assert any(note.startswith("[1] above a million") and "results.json" in note for note in bytewise.notes)
+    assert "byte_perplexity is the perplexity: each token is one byte" in bytewise.notes
+    assert [line[0] for line in bytewise.rows] == ["perplexity", "word_perplexity", "samples"]
+    assert [line[0] for line in wordwise.rows] == ["perplexity", "byte_perplexity", "word_perplexity", "samples"]
+    assert not any("each token is one byte" in note for note in wordwise.notes)
+
+
 def ruler_run(output: Path, tasks: int) -> list[Table]:
     """Tables of a run of the first so many RULER tasks at 4K and 8K: 90 % right at 4K, 80 % at 8K."""
     made = [HandTask(name, "ruler") for name in TASK_NAMES[:tasks]]
@@ -185,7 +214,7 @@ def test_a_table_in_three_clothes() -> None:
 def test_what_a_terminal_shows(results: dict[str, Any]) -> None:
     text = terminal_report(results)
     titles = [line for line, under in zip(text.splitlines(), text.splitlines()[1:], strict=False) if under[:3] == "==="]
-    assert titles[0].startswith("niah") and titles[-1] == "sparse against dense: means of suites in %"
+    assert titles[0].startswith("niah") and titles[-1] == "dense (A) and sparse (B): means of suites in %"
     assert max(map(len, text.splitlines())) < 140 and "|" not in text
 
 
@@ -225,7 +254,7 @@ def test_markdown_and_pictures_stand_beside_it(run: Path) -> None:
     named = [line.split("(")[1][:-1] for line in text.splitlines() if line.startswith("![")]
     assert named == ["needle_grid.png", "tasks.png", "books.png"]
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in named)
-    assert "sparse against dense" in text and text.startswith("# Evaluation of model &lt;x>\n")
+    assert "dense (A) and sparse (B)" in text and text.startswith("# Evaluation of model &lt;x>\n")
 
 
 def test_one_attention_one_sample(tmp_path: Path) -> None:
@@ -243,7 +272,7 @@ def test_one_attention_one_sample(tmp_path: Path) -> None:
         "high": None,
     }
     assert "NaN" not in (output / "results.json").read_text() and "nan" not in (output / "results.md").read_text()
-    assert "against" not in (output / "results.md").read_text()
+    assert "(A)" not in (output / "results.md").read_text()
 
 
 def test_tasks_of_earlier_commands_count_where_a_mean_will_do(tmp_path: Path) -> None:
