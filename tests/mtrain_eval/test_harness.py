@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,102 @@ def test_same_numbers_as_mtrain_eval_and_as_transformers(model: Path, files: Pat
             task.score(sample, prediction)[task.metric] for sample, prediction in zip(samples, predictions, strict=True)
         ]
         assert [row["score"] for row in rows] == scores
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`mtrain lm-eval WORDS`, without lm-eval's own thousands of tasks."""
+    import lm_eval.tasks
+
+    from mtrain.cli import run
+
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    )
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which lm-eval sets
+    monkeypatch.setattr(sys, "argv", ["lm-eval"])
+    return lambda *words: run(["lm-eval", *map(str, words)])
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_tasks_that_do_not_fit_are_left_out_and_named(
+    model: Path, files: Path, command: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    group = {"group": f"pair_{LENGTH}", "task": [f"ruler_cwe_{LENGTH}", f"ruler_fwe_{LENGTH}"]}
+    (files / "pair.yaml").write_text(yaml.safe_dump(group))
+    line = ("run", "--model", "mtrain", "--include_path", files, "--limit", 1, "--model_args", f"pretrained={model}")
+    with caplog.at_level(logging.WARNING):
+        assert command(*line, "--tasks", f"pair_{LENGTH}") == 0
+    shown = capsys.readouterr()
+    assert (
+        f"|ruler_fwe_{LENGTH}|" in shown.out and "cwe" not in shown.out.split("Tasks")[-1] and "pair" not in shown.out
+    )
+    assert f"mtrain: left out ruler_cwe_{LENGTH}: ruler_cwe does not fit {LENGTH} tokens" in shown.err
+    assert f"mtrain: pair_{LENGTH} gets no mean without them" in shown.err
+    assert shown.err.count("mtrain: left out") == 2  # before the run, and again below its table
+    assert "Custom kwargs" not in caplog.text and "--limit" in caplog.text
+    with pytest.raises(EvalError, match="no task fits its length: ruler_cwe does not fit"):
+        command(*line, "--tasks", f"ruler_cwe_{LENGTH}")
+    # What is not ours keeps lm-eval's message.
+    logging.getLogger("lm_eval.api.task").warning("other: Custom kwargs can be passed to `--metadata` in console")
+    assert "other: Custom kwargs" in caplog.text
+
+
+def test_groups_whose_members_all_fit_stay(model: Path) -> None:
+    from mtrain_eval.harness.choice import OURS, fitting
+
+    def body(task: str, length: int) -> dict[str, Any]:
+        return {
+            "task": f"{task}_{length}",
+            "custom_dataset": f"/some/{OURS}",
+            "dataset_kwargs": {"task": task, "length": length},
+        }
+
+    bodies = [body("ruler_fwe", 700), body("ruler_fwe", 701), body("ruler_cwe", 700), body("ruler_fwe", 20)]
+    index = {made["task"]: made for made in bodies}
+    index["good"] = {"group": "good", "task": ["ruler_fwe_700", "ruler_fwe_701"]}
+    index["outer"] = {"group": "outer", "task": ["good", "ruler_cwe_700"]}
+    index["tag"] = {"tags": ["ruler_fwe_20", "ruler_fwe_701"]}
+    index["theirs"] = {"group": "theirs", "task": ["arc", {"task": "other", "num_fewshot": 2}]}
+    lines: list[str] = []
+
+    def chosen(*names: str) -> list[Any]:
+        lines.clear()
+        return fitting(names, index, {"pretrained": str(model)}, lines.append)
+
+    assert chosen("good", "theirs", "arc") == ["good", "theirs", "arc"] and not lines
+    assert chosen("outer") == ["good"] and [line.split(":")[0] for line in lines][0] == "left out ruler_cwe_700"
+    assert chosen("tag", "ruler_fwe_701") == ["ruler_fwe_701"] and "left out ruler_fwe_20:" in lines[0]
+    with pytest.raises(EvalError, match="no task fits"):
+        chosen("ruler_fwe_20", "ruler_cwe_700")
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_misspelt_tasks_and_keys_name_the_nearest(model: Path, files: Path, command: Any) -> None:
+    def refused(arguments: str, task: str, *more: Any) -> str:
+        with pytest.raises(EvalError) as error:
+            command("run", "--model", "mtrain", "--model_args", arguments, "--tasks", task, *more)
+        return str(error.value)
+
+    path = ("--include_path", files)
+    found = refused(f"pretrained={model}", "niah_number_1024", *path)
+    assert f"unknown task 'niah_number_1024'; did you mean niah_number_{LENGTH}?" in found and "--lengths 1K" in found
+    assert f"did you mean niah_{LENGTH}?" in refused(f"pretrained={model}", "niah_1024", *path)
+    assert f"'ruler_cw'; did you mean ruler_cwe_{LENGTH}" in refused(f"pretrained={model}", "ruler_cw", *path)
+    assert "ours need --include_path" in refused(f"pretrained={model}", "niah_1024")
+    task = f"ruler_fwe_{LENGTH}"
+    assert "'attnetion'; did you mean 'attention'?" in refused(f"pretrained={model},attnetion=sparse", task, *path)
+    assert "'pretraind'; did you mean 'pretrained'?" in refused(f"pretraind={model}", task, *path)
+    assert "'colums'; did you mean 'columns'?" in refused(f"pretrained={model},colums=3", task, *path)
+
+
+def test_write_tasks_says_what_to_type(tmp_path: Path, command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("write-tasks", tmp_path, "--lengths", "3K,700") == 0
+    printed = capsys.readouterr().out
+    for line in ("  ruler_700 ruler_3072", "  niah_700 niah_3072", "  pg19_700 pg19_3072", "  infinitebench_131072"):
+        assert line in printed.splitlines()
+    names = [yaml.safe_load(path.read_text())["group"] for path in tmp_path.glob("*/_*.yaml")]
+    assert sorted(names) == ["infinitebench_131072", "niah_3072", "niah_700", "ruler_3072", "ruler_700"]
 
 
 def _on_a_ring(model: str, files: str) -> tuple[int, int, dict[str, list[str]], str]:

@@ -161,11 +161,33 @@ def test_too_short_a_length_says_which_would_do(name: str, tokenizer: str) -> No
     for length in (1, 33, 200, 256):
         with pytest.raises(DoesNotFitError, match=f"{name} does not fit {length} tokens") as error:
             task.sample(length, 0)
-    needed = int(str(error.value).rsplit(" ", 1)[1])
+    needed = int(re.findall(r"from about (\d+)", str(error.value))[-1])
     assert needed > 256
     for index in range(5):
         sample = task.sample(needed, index)
         assert len(sample.ids) + sample.max_new_tokens <= needed
+
+
+def test_common_words_fit_two_ranges() -> None:
+    """From 4096 tokens on words are repeated more often, and with long words 4096 tokens are not enough for that."""
+    task = all_tasks("bytes")["ruler_cwe"]
+    found = {}
+    for length in (300, 4096):
+        with pytest.raises(DoesNotFitError) as error:
+            task.sample(length, 0)
+        numbers = re.search(r"it fits from about (\d+) to 4095, and from about (\d+) on$", str(error.value))
+        assert numbers
+        found[length] = (int(numbers[1]), int(numbers[2]))
+    (below, above), again = found[300], found[4096]
+    assert below < 4095 < 4096 < above and abs(again[0] - below) < 0.05 * below and abs(again[1] - above) < 0.05 * above
+    for length in (below, 4095, above):
+        assert len(task.sample(length, 0).ids) + task.max_new_tokens <= length
+    with pytest.raises(DoesNotFitError):
+        task.sample(int(0.93 * above), 0)
+    with pytest.raises(DoesNotFitError):
+        task.sample(int(0.93 * below), 0)
+    with pytest.raises(DoesNotFitError, match=r"it fits from about \d+ on$"):
+        all_tasks("byte_bpe")["ruler_fwe"].sample(100, 0)
 
 
 @pytest.mark.parametrize("name", ["ruler_niah_single_1", "ruler_niah_multiquery", "ruler_niah_multikey_3"])
@@ -173,7 +195,7 @@ def test_all_samples_of_a_length_fit_or_none(name: str) -> None:
     task, outcomes = all_tasks("piece_bpe")[name], []
     with pytest.raises(DoesNotFitError) as error:
         task.sample(100, 0)
-    needed = int(str(error.value).rsplit(" ", 1)[1])
+    needed = int(re.findall(r"from about (\d+)", str(error.value))[-1])
     for length in range(needed - 60, needed + 2, 6):
         fits = set()
         for index in range(25):

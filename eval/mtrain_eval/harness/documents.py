@@ -55,7 +55,7 @@ class Documents(Sequence[dict[str, Any]]):
         try:
             sample = self.task.sample(self.length, index)
         except DoesNotFitError as error:
-            raise EvalError(f"{self.task.name} at {self.length} tokens: {error}") from error
+            raise DoesNotFitError(f"{self.task.name} at {self.length} tokens: {error}") from error
         # Where a suite works on tokens alone, lm-eval still wants the text.
         text = sample.text or str(self.tokenizer.decode(sample.ids, skip_special_tokens=True))
         return {
@@ -94,15 +94,22 @@ def dataset(
 
     Raises:
         EvalError: no tokenizer, or a task whose samples no text can hold.
+        DoesNotFitError: a length that the task cannot have; some tasks say so only when a document is made.
     """
     name = tokenizer or pretrained
     if name is None:
         raise EvalError(f"{task}: lengths are counted in a model's tokens, say whose: pretrained=DIR in --model_args")
     options = {"tokenizer": str(name), "seed": int(seed), "data_dir": data_dir, "online": bool(online)}
     size = length if isinstance(length, int) else read_size(length, "length")
-    found = _task(task, json.dumps(options, sort_keys=True))
-    there = found.count(size)
-    return {"test": Documents(found, size, num_samples if there is None else min(num_samples, there), options)}
+    return {"test": _documents(task, size, num_samples, json.dumps(options, sort_keys=True))}
+
+
+# Kept, so that the first sample, which tells whether a task fits its length, is not made again when the run begins.
+@functools.lru_cache(maxsize=64)
+def _documents(name: str, length: int, most: int, options: str) -> Documents:
+    task = _task(name, options)
+    there = task.count(length)
+    return Documents(task, length, most if there is None else min(most, there), json.loads(options))
 
 
 @functools.lru_cache(maxsize=8)

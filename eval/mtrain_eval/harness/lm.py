@@ -10,8 +10,10 @@ never cut at its head.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -217,9 +219,10 @@ def attention_of(pretrained: str, attention: str, recipe: str | None, keys: dict
     """What ``attention=...`` and the keys beside it mean; None: dense.
 
     Raises:
-        EvalError: keys that do not belong there, or "sparse" without anything that says which.
+        EvalError: keys that nothing has or that do not belong there, or "sparse" without anything that says which.
         RecipeError: a pattern, key or value that recipes do not know.
     """
+    check_keys(keys)
     if attention in MODES:
         if attention not in (DENSE, SPARSE):
             raise EvalError(
@@ -237,6 +240,29 @@ def attention_of(pretrained: str, attention: str, recipe: str | None, keys: dict
         if given:
             values["budget"] = {"kind": kind, **given}
     return attention_from_dict({**_trained_with(pretrained, attention), "pattern": attention, **values}, "--model_args")
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Keys of ``--model_args``: arguments of `MtrainLM`, what lm-eval adds, keys of a recipe's attention section and its budget.
+
+    Raises:
+        EvalError: any other, with the nearest of these.
+    """
+    own = [name for name in inspect.signature(MtrainLM.__init__).parameters if name not in ("self", "more")]
+    recipe = [field.name for field in dataclasses.fields(AttentionRecipe)]
+    known = [
+        *own,
+        "device",
+        "batch_size",
+        "max_batch_size",
+        *recipe,
+        *(name for names in BUDGETS.values() for name in names),
+    ]
+    for key in keys:
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise EvalError(f"--model_args: unknown key {key!r}; {advice}")
 
 
 def _trained_with(pretrained: str, pattern: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Our tasks as YAML files for lm-eval, one per (task, length), and groups with RULER's plain average.
+"""Our tasks as YAML files for lm-eval, one per (task, length), and per (suite, length) a group with RULER's plain average.
 
 `mtrain lm-eval write-tasks DIR --lengths 3K` makes them for any lengths; `eval/tasks` in the repository holds the usual ones.
 """
@@ -72,10 +72,28 @@ def write_tasks(directory: Path, lengths: Sequence[int] = LENGTHS) -> list[Path]
             if entry.max_new_tokens:
                 body["generation_kwargs"] = {"until": [], "do_sample": False, "max_gen_toks": entry.max_new_tokens}
             written.append(_write(directory / entry.suite / f"{name}.yaml", body))
-    for length in lengths:
-        members = [f"{entry.name}_{length}" for entry in entries([length]) if entry.suite == "ruler"]
-        written.append(_write(directory / "ruler" / f"_ruler_{length}.yaml", _group(f"ruler_{length}", members)))
+    for (suite, length), members in _groups(lengths).items():
+        name = f"{suite}_{length}"
+        if members != [name]:
+            written.append(_write(directory / suite / f"_{name}.yaml", _group(name, members)))
     return written
+
+
+def names_to_type(lengths: Sequence[int]) -> list[list[str]]:
+    """Per suite, what stands for all of it at one length: a group, or its only task."""
+    names: dict[str, list[str]] = {}
+    for suite, length in _groups(lengths):
+        names.setdefault(suite, []).append(f"{suite}_{length}")
+    return list(names.values())
+
+
+def _groups(lengths: Sequence[int]) -> dict[tuple[str, int], list[str]]:
+    """(suite, length) -> its tasks."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for entry in entries(lengths):
+        for length in entry.lengths:
+            found.setdefault((entry.suite, length), []).append(f"{entry.name}_{length}")
+    return found
 
 
 def _base(kind: str, text: str, target: str, scorer: str, metric: dict[str, object]) -> dict[str, object]:

@@ -63,6 +63,16 @@ class CommonWords(RulerTask):
 
         return Plan(build, smallest=2 * COMMON, cost=cost)
 
+    def where_it_fits(self, length: int, needed: int) -> tuple[int, str]:
+        """Two ranges, where the repetitions from 4096 tokens on need more than that."""
+        below, above = (needed, self.enough(_LONG)) if length < _LONG else (self.enough(_LONG - 1), needed)
+        if below >= _LONG:
+            return max(above, _LONG), f"from about {max(above, _LONG)} on"
+        first = below if length < _LONG else above
+        if above <= _LONG:
+            return first, f"from about {below} on"
+        return first, f"from about {below} to {_LONG - 1}, and from about {above} on"
+
     def _example(self, length: int, index: int, attempt: int) -> str:
         """A shorter list of other words with its answer: 40 words 10 and 3 times, below 4096 tokens 20 words 3 times and once."""
         size, often, seldom = (40, 10, 3) if length >= _LONG else (20, 3, 1)

@@ -122,22 +122,34 @@ class RulerTask(ABC):
 
     def _check_room(self, length: int) -> None:
         """All samples of a length fit, or none: a quarter of some draws must, and then each sample finds one that does."""
+        if self._probed(length)[_PROBES // 4 - 1] > length:
+            raise self.too_short(length, self.enough(length))
+
+    def enough(self, length: int) -> int:
+        """Tokens that are enough by the rules of a length; a little less may do too, because other words are drawn then."""
+        return self._probed(length)[3 * _PROBES // 4]
+
+    def _probed(self, length: int) -> list[int]:
         if length not in self._needed:
             sizes = [self._smallest(self.plan(length, 0, attempt)) for attempt in range(_PROBES)]
             self._needed[length] = sorted(size + self.max_new_tokens for size in sizes)
-        needed = self._needed[length]
-        if needed[_PROBES // 4 - 1] > length:
-            raise self.too_short(length, needed[3 * _PROBES // 4])
+        return self._needed[length]
 
     def _smallest(self, plan: Plan) -> int:
         return len(self._encode(plan.build(plan.smallest)))
 
     def too_short(self, length: int, needed: int) -> DoesNotFitError:
         """The error that says what would do."""
+        first, where = self.where_it_fits(length, needed)
         return DoesNotFitError(
-            f"{self.name} does not fit {length} tokens: a sample needs {needed} with this tokenizer, "
-            f"{self.max_new_tokens} generated ones included; give a length of at least {needed}"
+            f"{self.name} does not fit {length} tokens: with this tokenizer, {self.max_new_tokens} generated tokens included, "
+            f"it fits {where}",
+            first,
         )
+
+    def where_it_fits(self, length: int, needed: int) -> tuple[int, str]:
+        """The first length that is enough, and all of them in words; by the rules of ``length``, ``needed`` tokens are."""
+        return needed, f"from about {needed} on"
 
     def score(self, sample: Sample, prediction: Prediction) -> dict[str, float]:
         """The official score of one answer, and whether it was empty (RULER's count of nulls)."""
