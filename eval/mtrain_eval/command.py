@@ -4,7 +4,8 @@ mtrain eval runs/quickstart/sparse/export --suite ruler,retrieval --lengths 1K,2
 accelerate launch --config_file recipes/accelerate/cpu_2.yaml -m mtrain eval ...      every prompt split over the processes
 mtrain eval --compare runs/eval-a runs/eval-b                                         two runs side by side, paired
 
-The same command again goes on where it was stopped. Exit status: 0 done, 2 something to mend, 3 samples are missing.
+The same command again goes on where it was stopped. Exit status: 0 done, 2 something to mend, 3 samples are
+missing or nothing was measured.
 """
 
 from __future__ import annotations
@@ -27,11 +28,19 @@ if TYPE_CHECKING:
 MISSING = 3
 LONGEST_TIMEOUT = 30 * 24 * 3600
 OUTPUT = Path("runs/eval")
+DATA = """what --data-dir D may hold (taken as it is, and called local data):
+  D/paul_graham_essays/*.txt, *.md, *.json, *.jsonl    essays; in JSON the field "text"            (ruler, niah)
+  D/ruler/dev-v2.0.json                                SQuAD 2.0                                   (ruler_qa_1)
+  D/ruler/hotpot_dev_distractor_v1.json                HotpotQA                                    (ruler_qa_2)
+  D/infinitebench/passkey.jsonl, ...                   InfiniteBench's own files, one for a task   (infinitebench)
+  D/pg19/*.txt, *.md, *.json, *.jsonl                  books; in JSON the field "text"             (pg19)
+made-up text stands in for what is not there"""
 SUITES = "ruler,niah,infinitebench,pg19"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.epilog = DATA
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="directory in Hugging Face format, such as an export, or a hub id")
     what = parser.add_argument_group("what is asked")
@@ -42,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--limit", type=int, default=50, metavar="N", help="samples per task and length (default: %(default)s)"
     )
     what.add_argument("--seed", type=int, default=0, metavar="S", help="of all samples (default: %(default)s)")
-    what.add_argument("--data-dir", type=Path, metavar="D", help="directory of the public data sets")
+    what.add_argument("--data-dir", type=Path, metavar="D", help="directory of data sets, laid out as below")
     what.add_argument("--online", action="store_true", help="data sets may be fetched from the hub")
     how = parser.add_argument_group("how the model is run")
     how.add_argument("--attention", choices=("dense", "sparse", "both"), default="dense", help="of prompts; answers are "
@@ -110,11 +119,14 @@ def run(args: argparse.Namespace) -> int:
     first = rings[1].rank == 0
     try:
         outcome = _evaluate(args, config, rings, device)
+        code = _conclude(config, rings[1], outcome)
+    except LaunchError as error:
+        told = str(error).replace(", then start again from the last checkpoint", "")
+        raise LaunchError(f"{told}; every answer so far is in {config.output}, the same command goes on") from error
     except KeyboardInterrupt:
         if first:
             print(f"\nstopped; every answer so far is in {config.output}, the same command goes on", file=sys.stderr)
         raise
-    code = _conclude(config, rings[1], outcome)
     leave_processes()
     return code
 
@@ -131,15 +143,18 @@ def make_config(args: argparse.Namespace) -> EvalConfig:
 
     if args.model is None:
         raise EvalError("which model? mtrain eval MODEL --lengths 4K,8K (see mtrain eval --help)")
+    _check_names(args)
+    if args.recipe is not None and args.attention == "dense":
+        raise EvalError(
+            f"--recipe {args.recipe} says what sparse attention is, and --attention dense has none: give --attention sparse "
+            "or --attention both, or leave out --recipe"
+        )
     if args.lengths is None:
         raise EvalError("which lengths? Give for example --lengths 4K,8K (tokens of prompt and answer together)")
     if args.limit < 1 or args.seed < 0:
         raise EvalError(f"--limit must be at least 1 and --seed at least 0, got {args.limit} and {args.seed}")
     if not 0 < args.timeout <= LONGEST_TIMEOUT:  # NaN neither
         raise EvalError(f"--timeout must be above 0 and at most {LONGEST_TIMEOUT} seconds, got {args.timeout:g}")
-    suites = split_names(args.suite)
-    if not suites:
-        raise EvalError(f"--suite names none; give for example --suite {SUITES}")
     try:
         positions = None if args.max_positions is None else read_size(args.max_positions, "--max-positions")
         rope = None if args.rope is None else read_section(args.rope, "--rope")
@@ -148,7 +163,7 @@ def make_config(args: argparse.Namespace) -> EvalConfig:
     return EvalConfig(
         model=args.model,
         lengths=read_lengths(args.lengths),
-        suites=suites,
+        suites=split_names(args.suite),
         tasks=split_names(args.tasks),
         attention=MODES[args.attention],
         limit=args.limit,
@@ -161,6 +176,25 @@ def make_config(args: argparse.Namespace) -> EvalConfig:
         rope=rope,
         dtype=args.dtype,
     )
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """What was typed wrong is said before what was not typed at all, and before anything large is read."""
+    from mtrain_eval.config import split_names
+    from mtrain_eval.run_directory import check_model
+    from mtrain_eval.sample import SuiteOptions
+    from mtrain_eval.suites import find_suites, make_tasks
+
+    suites, tasks = split_names(args.suite), split_names(args.tasks)
+    if not suites:
+        raise EvalError(f"--suite names none; give for example --suite {SUITES}")
+    find_suites(suites)
+    check_model(args.model)
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise EvalError(f"--data-dir {args.data_dir}: no such directory")
+    if tasks and args.lengths is None and not args.official_lm_eval:
+        # With lengths, the run itself checks them.
+        make_tasks(suites, SuiteOptions(_tokenizer(args.model), args.seed, args.data_dir, args.online), tasks)
 
 
 def make_rings(size: int, replicas: int, outer: int, inner: int | None, timeout: timedelta) -> tuple[Ring, Ring]:
@@ -193,17 +227,17 @@ def _official(config: EvalConfig) -> int:
     """lm-eval's own tasks, under their own label."""
     from mtrain_eval.harness.official import evaluate_official
 
-    if table := evaluate_official(config, _tokenizer(config)):
+    if table := evaluate_official(config, _tokenizer(config.model)):
         print(table, flush=True)
     return 0
 
 
-def _tokenizer(config: EvalConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     from mtrain.data.tokenizer import load_tokenizer
     from mtrain.errors import DataError
 
     try:
-        return load_tokenizer(config.model)
+        return load_tokenizer(model)
     except DataError as error:
         raise EvalError(f"{error}; save the model's tokenizer beside it, prompts cannot be made without") from None
 
@@ -214,9 +248,7 @@ def _evaluate(args: argparse.Namespace, config: EvalConfig, rings: tuple[Ring, R
     from mtrain.models.rope import override_rope
     from mtrain.recipe import ModelRecipe
     from mtrain_eval.runner import evaluate
-    from mtrain_eval.suites import find_suites
 
-    find_suites(config.suites)  # a slip of the keyboard is said before anything is read
     own = load_config(ModelRecipe(path=config.model))
     used = override_rope(own, config.rope, config.max_positions)
 
@@ -236,7 +268,7 @@ def _evaluate(args: argparse.Namespace, config: EvalConfig, rings: tuple[Ring, R
         rings[0],
         load,
         everyone=rings[1],
-        tokenizer=_tokenizer(config),
+        tokenizer=_tokenizer(config.model),
         positions=int(used.max_position_embeddings),
         command=" ".join(["mtrain", *sys.argv[1:]]),
         resume=not args.no_resume,
@@ -267,4 +299,20 @@ def _conclude(config: EvalConfig, ring: Ring, outcome: Outcome) -> int:
             "there; the same command asks them again",
             file=sys.stderr,
         )
-    return MISSING if outcome.missing else 0
+    if outcome.unmeasured and ring.rank == 0:
+        _say_unmeasured(config, outcome)
+    return MISSING if outcome.missing or outcome.nothing else 0
+
+
+def _say_unmeasured(config: EvalConfig, outcome: Outcome) -> None:
+    named = [name if needed is None else f"{name} ({needed})" for name, needed, _ in outcome.unmeasured]
+    print(f"not measured, with the smallest length that would do: {', '.join(named)}", file=sys.stderr)
+    if outcome.nothing:
+        sizes = [(needed, name) for name, needed, _ in outcome.unmeasured if needed is not None]
+        asked = ", ".join(map(str, config.lengths))
+        why = (
+            f"no sample fits --lengths {asked}; the smallest length that would do is {min(sizes)[0]} ({min(sizes)[1]})"
+            if sizes
+            else outcome.unmeasured[0][2]
+        )
+        print(f"nothing was measured: {why}", file=sys.stderr, flush=True)

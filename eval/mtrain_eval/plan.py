@@ -62,6 +62,27 @@ def make_plan(config: EvalConfig, tasks: Sequence[Task], store: Store) -> tuple[
     return plan, stored
 
 
+def unmeasured(config: EvalConfig, tasks: Sequence[Task], store: Store) -> list[tuple[str, int | None, str]]:
+    """Tasks of which no sample fits what is asked, with the smallest length that would do (None: not known) and the reason."""
+    found: list[tuple[str, int | None, str]] = []
+    for task in tasks:
+        cells = [Cell(attention, task.name, length) for attention in config.attention for length in config.lengths]
+        rows = [row for cell in cells for row in store.read(cell)]
+        if rows and all(DOES_NOT_FIT in row for row in rows):
+            found.append((task.name, _needed(task, max(config.lengths)), rows[-1][DOES_NOT_FIT]))
+        elif not rows and not any(_count(task, length, 1) for length in config.lengths):
+            found.append((task.name, None, f"{task.name}: its data holds no samples"))
+    return found
+
+
+def _needed(task: Task, length: int) -> int | None:
+    try:
+        task.sample(length, 0)
+    except DoesNotFitError as error:
+        return error.needed
+    return None
+
+
 def _count(task: Task, length: int, limit: int) -> int:
     try:
         count = task.count(length)

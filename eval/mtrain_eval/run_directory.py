@@ -16,7 +16,7 @@ from mtrain.recipe.schema import AttentionRecipe
 from mtrain_eval import fingerprint
 from mtrain_eval.config import EvalConfig, read_training
 from mtrain_eval.sample import Task
-from mtrain_eval.store import LOCK, Store, locked, write_whole
+from mtrain_eval.store import DOES_NOT_FIT, LOCK, Store, locked, write_whole
 
 FORMAT = 1
 FILE = "run.json"
@@ -39,7 +39,7 @@ def open_run(
         tasks: what is asked, as objects.
         command: as typed.
         facts: about this start: ranks, device, positions.
-        say: told when a run is gone on with.
+        say: told when a run is resumed.
 
     Raises:
         EvalError: the directory holds a run of something else, or files that no evaluation made.
@@ -54,7 +54,9 @@ def open_run(
     if old:
         fingerprint.require_same(now, old["fingerprint"], config.output)
         now["attention"] = {**old["fingerprint"]["attention"], **now["attention"]}
-        say(f"{config.output} holds an evaluation of the same model: it is gone on with")
+        stored = Store(config.output, say)
+        answers = sum(DOES_NOT_FIT not in row for cell in stored.cells() for row in stored.read(cell))
+        say(f"{config.output}: resuming: {answers} answers are already there")
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     commit = fingerprint.git_commit()
     run = {
@@ -118,13 +120,35 @@ def make_fingerprint(
     }
 
 
+def check_model(model: str) -> None:
+    """Refuse a path that is no model before the hub is asked for it.
+
+    Raises:
+        EvalError: there is no such directory, or it is a run's, which has its model in ``export``.
+    """
+    path = Path(model)
+    if path.is_dir():
+        exports = sorted(str(file.parent) for where in ("", "*/") for file in path.glob(f"{where}export/config.json"))
+        if exports and not (path / "config.json").exists():
+            raise EvalError(f"{model} is the directory of a run; its model is {' or '.join(exports)}")
+        return
+    if path.exists():
+        raise EvalError(f"{model} is a file; give the model's directory")
+    # A hub id is OWNER/NAME; a few old ones are a bare NAME, and are believed when they lie in the cache.
+    hub_id = model.count("/") == 1 and not model.startswith(("runs/", ".", "/", "~"))
+    if not hub_id and ("/" in model or model_directory(model) is None):
+        raise EvalError(
+            f"no such directory: {model!r}; give a model's directory, such as runs/NAME/export, or a hub id OWNER/NAME"
+        )
+
+
 def model_directory(model: str) -> Path | None:
     """Where the files of a model are: the directory itself, or the hub's snapshot in the cache; None: nowhere."""
     if Path(model).is_dir():
         return Path(model)
     try:
         config = cached_file(model, "config.json", local_files_only=True)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: it cannot be a hub id
         return None
     return None if config is None else Path(config).parent
 

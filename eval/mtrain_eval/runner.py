@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from mtrain_eval import run_directory
 from mtrain_eval.agree import describe, on_all, on_first
 from mtrain_eval.ask import EngineLike, all_finite, ask, check_sample, make_row, prompt_sha256
 from mtrain_eval.config import EvalConfig, attention_recipes
-from mtrain_eval.plan import CellPlan, deal, make_plan
+from mtrain_eval.plan import CellPlan, deal, make_plan, unmeasured
 from mtrain_eval.progress import Progress, say
 from mtrain_eval.sample import DoesNotFitError, Sample, SuiteOptions, Task
 from mtrain_eval.store import DOES_NOT_FIT, Cell, Store, locked
@@ -41,12 +41,19 @@ class Outcome:
         stored: samples that were on disk before.
         missing: samples that were asked and have no row, because a score was no number.
         tasks: the tasks of the run.
+        unmeasured: see `plan.unmeasured`.
     """
 
     tasks: list[Task]
     asked: int = 0
     stored: int = 0
     missing: int = 0
+    unmeasured: list[tuple[str, int | None, str]] = field(default_factory=list)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no task has a sample that fits."""
+        return len(self.unmeasured) == len(self.tasks)
 
 
 def evaluate(
@@ -120,7 +127,8 @@ def evaluate(
             on_all(everyone, lambda: (0, ""), trouble)
         mine = [runner.asked, runner.missing] if ring.rank == 0 else [0, 0]
         asked, missing = everyone.all_reduce(torch.tensor(mine)).tolist()
-    return Outcome(tasks, asked, stored, missing)
+        left = on_first(everyone, lambda: unmeasured(config, tasks, store))
+    return Outcome(tasks, asked, stored, missing, [(name, needed, reason) for name, needed, reason in left])
 
 
 def check_lengths(lengths: Sequence[int], positions: int) -> None:

@@ -48,7 +48,7 @@ class FakeTask:
 
     def sample(self, length: int, index: int) -> Sample:
         if length < self.smallest:
-            raise DoesNotFitError(f"{self.name} needs {self.smallest} tokens")
+            raise DoesNotFitError(f"{self.name} needs {self.smallest} tokens", self.smallest)
         rng = sample_rng(self.options.seed, self.name, length, index)
         code = str(rng.integers(10**5, 10**6))
         letters = "".join(rng.choice(list("abcde "), length - 40))

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import mtrain_eval.command
-from mtrain import cli
+from mtrain import cli, comm
 from mtrain.cli import main
+from mtrain.errors import LaunchError
 from mtrain.export import export_model
 from mtrain.models.build import adopt_special_tokens, load_model
 from mtrain.recipe import ModelRecipe
+from mtrain_eval.ruler.qa_data import HOTPOT, SQUAD
+from mtrain_eval.suites import FOLDERS
 from tests.mtrain.processes import run_processes
 from tests.mtrain.tiny import MODEL
 from tests.mtrain_eval.fakes import WORDS, FakeTask, fake_suite, rows_in
@@ -51,7 +54,7 @@ def test_evaluates_and_goes_on(
     assert results["run"]["command"].startswith("mtrain eval") and len(results["samples"]) == 16
     assert results["run"]["model"]["training"]["seq_len"] == 256 and results["run"]["model"]["own_positions"] == 256
     assert main([*words, "--attention", "both", "--limit", "3", "--tasks", "fake_text,fake_next"]) == 0
-    assert "is gone on with" in capsys.readouterr().err
+    assert "resuming: 16 answers are already there" in capsys.readouterr().err
     second = rows_in(tmp_path / "run")
     assert all(rows[:2] == first[name] and len(rows) == 3 for name, rows in second.items())
     assert main(["eval", "--compare", f"{tmp_path / 'run'}:dense", f"{tmp_path / 'run'}:sparse"]) == 0
@@ -82,7 +85,18 @@ def test_evaluates_and_goes_on(
         (["MODEL", "--lengths", "128,1K", "--suite", "fake"], "length 1024 is beyond the model's 256 positions"),
         (["MODEL", "--lengths", "128", "--suite", "fake", "--data-dir", "no/where"], "no/where: no such directory"),
         (["MODEL", "--lengths", "128", "--suite", "fake", "--recipe", "no.yaml", "--attention", "sparse"], "no.yaml"),
-        (["no/such/model", "--lengths", "128"], "'no/such/model' does not exist"),
+        (["no/such/model", "--lengths", "128"], "no such directory: 'no/such/model'; give a model's directory"),
+        (["nosuchdir", "--lengths", "128"], "no such directory: 'nosuchdir'"),
+        (["runs/sparse"], "no such directory: 'runs/sparse'"),
+        (["MODEL", "--suite", "rulr"], "unknown suite 'rulr'"),
+        (["MODEL", "--suite", "fake", "--tasks", "fake_cod"], "did you mean 'fake_code'?"),
+        (["MODEL", "--suite", "fake", "--tasks", "cod", "--lengths", "128"], "unknown task 'cod'"),
+        (
+            ["MODEL", "--suite", "fake", "--tasks", "retrieval_single", "--lengths", "128"],
+            "task 'retrieval_single' belongs to suite retrieval, which was not asked for: --suite fake,retrieval",
+        ),
+        (["MODEL", "--suite", "pg19", "--tasks", "pg19", "--data-dir", "no/where"], "--data-dir no/where: no such"),
+        (["MODEL", "--lengths", "128", "--recipe", "a.yaml"], "give --attention sparse or --attention both"),
         (["--compare", "a"], "expected 2 arguments"),
         (["MODEL", "--compare", "a", "b"], "--compare takes two finished runs and no model"),
         (["--compare", "no/a", "no/b"], "no/a"),
@@ -149,6 +163,63 @@ def test_missing_samples_are_exit_3_and_an_interruption_says_how_to_go_on(
     assert [row["index"] for row in rows_in(tmp_path / "run")["dense/fake_next/128.jsonl"]] == [0, 1]
 
 
+def test_nothing_measured_is_exit_3_and_tasks_that_fit_nowhere_are_named(
+    model: Path, tmp_path: Path, fake_suite: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(model), "--suite", "fake", "--limit", "1", "--output", str(tmp_path / "run")]
+    for _ in range(2):  # the second time it is known from the disk
+        assert main([*words, "--lengths", "50,60", "--attention", "both"]) == 3
+        err = capsys.readouterr().err
+        assert "would do: fake_code (64), fake_text (64), fake_next (64), fake_large (200)" in err
+        assert err.endswith(
+            "nothing was measured: no sample fits --lengths 50, 60; the smallest length that would do is 64 (fake_code)\n"
+        )
+    assert main([*words, "--lengths", "60,80", "--tasks", "next,fake_large"]) == 0
+    err = capsys.readouterr().err
+    assert err.endswith("not measured, with the smallest length that would do: fake_large (200)\n")
+    # What was measured before, at another length, is not what was asked for now.
+    assert main([*words, "--lengths", "60", "--tasks", "next"]) == 3
+    assert "would do is 64 (fake_next)" in capsys.readouterr().err
+
+
+def test_a_directory_of_a_run_points_to_its_model(
+    model: Path, tmp_path: Path, fake_suite: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dense", "sparse"):
+        (tmp_path / "quick" / name).mkdir(parents=True)
+        (tmp_path / "quick" / name / "export").symlink_to(model)
+    assert main(["eval", str(tmp_path / "quick" / "sparse"), "--lengths", "128"]) == 2
+    assert f"is the directory of a run; its model is {tmp_path / 'quick/sparse/export'}\n" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "quick"), "--lengths", "128"]) == 2
+    assert f"{tmp_path / 'quick/dense/export'} or {tmp_path / 'quick/sparse/export'}\n" in capsys.readouterr().err
+    assert main(["eval", str(model / "config.json"), "--lengths", "128"]) == 2
+    assert "is a file; give the model's directory" in capsys.readouterr().err
+
+
+def test_a_lost_peer_says_that_the_same_command_goes_on(
+    model: Path, tmp_path: Path, fake_suite: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = "look at its log, then start again from the last checkpoint"
+    assert advice in Path(comm.__file__).read_text()  # good for training only
+
+    def lost(*_: Any) -> None:
+        raise LaunchError(f"process 1 lost its peer; {advice}")
+
+    monkeypatch.setattr(FakeTask, "score", lost)
+    words = ["eval", str(model), "--lengths", "128", "--suite", "fake", "--output", str(tmp_path / "run")]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert f"look at its log; every answer so far is in {tmp_path / 'run'}, the same command goes on" in err
+
+
+def test_help_shows_where_data_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"D/{folder}/" in out for folders in FOLDERS.values() for folder in folders)
+    assert f"D/ruler/{SQUAD.file} " in out and f"D/ruler/{HOTPOT.file} " in out
+
+
 def test_without_the_package_the_command_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,8 +241,8 @@ def test_defaults_are_those_of_the_config() -> None:
 
     parser = argparse.ArgumentParser()
     mtrain_eval.command.configure(parser)
-    config = mtrain_eval.command.make_config(parser.parse_args(["m", "--lengths", "8K,512,8192,1M"]))
-    assert config == EvalConfig("m", (512, 8192, 1 << 20), DEFAULT_SUITES, limit=LIMIT)
+    config = mtrain_eval.command.make_config(parser.parse_args(["a/m", "--lengths", "8K,512,8192,1M"]))
+    assert config == EvalConfig("a/m", (512, 8192, 1 << 20), DEFAULT_SUITES, limit=LIMIT)
 
 
 def launched(words: list[str]) -> int:

@@ -212,6 +212,7 @@ def test_a_data_dir_of_other_suites_leaves_the_twins(tmp_path: Path) -> None:
     assert [task.name for task in found] == [task.name for task in tasks(SuiteOptions(TOKENIZER))]
     (note,) = stand_in_notes(found, options)
     assert "infinitebench_twin_passkey" in note and "left out: infinitebench_passkey, " in note
+    assert f"there is no {tmp_path / 'infinitebench'}; made-up" in note
     assert stand_in_notes(found, SuiteOptions(TOKENIZER)) == []
     with pytest.raises(EvalError, match="passkey.jsonl: download"):
         make_tasks(["infinitebench"], options, ["infinitebench_passkey"])

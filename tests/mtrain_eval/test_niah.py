@@ -18,7 +18,7 @@ from mtrain_eval.niah.haystack import Frame, Haystack
 from mtrain_eval.niah.prose_tasks import Essays, KamradtTask, NumberTask
 from mtrain_eval.niah.scores import first_line, found, rouge_1, word_recall
 from mtrain_eval.sample import DoesNotFitError, Prediction, Sample, SuiteOptions, Task
-from mtrain_eval.suites import make_tasks
+from mtrain_eval.suites import make_tasks, stand_in_notes
 from mtrain_eval.tokens import encode_prompt
 from tests.mtrain_eval.small_tokenizers import byte_bpe, piece_bpe
 
@@ -159,6 +159,9 @@ def test_made_prose_stands_in_unless_the_task_was_named_or_the_folder_is_there(t
     with pytest.raises(EvalError, match="no essays in .*paul_graham_essays: put"):
         make_tasks(["niah"], options, ["niah_number"])
     assert make_tasks(["niah"], options, ["niah_pairs"])
+    (tmp_path / "PaulGrahamEssays").mkdir()
+    (note,) = stand_in_notes(make_tasks(["niah"], options), options)
+    assert f"no {tmp_path / 'paul_graham_essays'} (should {tmp_path / 'PaulGrahamEssays'} be called that?)" in note
     (tmp_path / "paul_graham_essays").mkdir()
     with pytest.raises(EvalError, match="holds no text"):
         tasks(options)

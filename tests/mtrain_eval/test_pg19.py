@@ -20,7 +20,7 @@ from mtrain_eval.pg19.books import Books
 from mtrain_eval.pg19.figures import nll_sums, perplexity, perplexity_figures
 from mtrain_eval.pg19.task import BooksRolling, BooksTask, BooksWhole
 from mtrain_eval.sample import DoesNotFitError, Prediction, Sample, SuiteOptions
-from mtrain_eval.suites import make_tasks
+from mtrain_eval.suites import make_tasks, stand_in_notes
 from mtrain_eval.tokens import encode_prompt
 from tests.mtrain_eval.small_tokenizers import byte_bpe
 
@@ -60,6 +60,18 @@ def test_without_books_the_held_out_library_stands_in(tmp_path: Path) -> None:
     assert len(books.named) > 10 and (np.diff(books.lengths) <= 0).all()
     with pytest.raises(EvalError, match=r"no books in .*pg19: put the test books"):
         make_tasks(["pg19"], options(tmp_path), ["pg19_rolling"])
+    made = make_tasks(["pg19"], options(tmp_path))
+    (note,) = stand_in_notes(made, options(tmp_path))
+    assert f"there is no {tmp_path / 'pg19'}; made-up text stands in for pg19, pg19_rolling" in note
+    for name in ("PG-19", "infinitebench"):  # the second belongs to another suite
+        (tmp_path / name).mkdir()
+    (note,) = stand_in_notes(made, options(tmp_path))
+    assert f"no {tmp_path / 'pg19'} (should {tmp_path / 'PG-19'} be called that?); made-up" in note
+    (note,) = stand_in_notes(made, options(tmp_path / "infinitebench"))
+    assert f"no {tmp_path / 'infinitebench/pg19'}; made-up" in note
+    (tmp_path / "books" / "pg19").mkdir(parents=True)
+    (note,) = stand_in_notes(made, options(tmp_path / "books" / "pg19"))
+    assert f"(give --data-dir {tmp_path / 'books'}?)" in note
     # None of it is what training reads; all of it is what validation reads.
     trained, kept = (bytes(stdlib_text(TokenizerKey(BYTES), held).astype(np.uint8)) for held in (False, True))
     for _, ids in books.named:
