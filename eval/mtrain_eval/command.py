@@ -34,7 +34,7 @@ DATA = """what --data-dir D may hold (taken as it is, and called local data):
   D/ruler/hotpot_dev_distractor_v1.json                HotpotQA                                    (ruler_qa_2)
   D/infinitebench/passkey.jsonl, ...                   InfiniteBench's own files, one for a task   (infinitebench)
   D/pg19/*.txt, *.md, *.json, *.jsonl                  books; in JSON the field "text"             (pg19)
-made-up text stands in for what is not there"""
+made-up text stands in for what is not there, or the task is left out"""
 SUITES = "ruler,niah,infinitebench,pg19"
 
 
@@ -306,7 +306,10 @@ def _conclude(config: EvalConfig, ring: Ring, outcome: Outcome) -> int:
 
 def _say_unmeasured(config: EvalConfig, outcome: Outcome) -> None:
     named = [name if needed is None else f"{name} ({needed})" for name, needed, _ in outcome.unmeasured]
-    print(f"not measured, with the smallest length that would do: {', '.join(named)}", file=sys.stderr)
+    print(
+        f"not measured, no sample fits (in brackets the smallest length that would do): {', '.join(named)}",
+        file=sys.stderr,
+    )
     if outcome.nothing:
         sizes = [(needed, name) for name, needed, _ in outcome.unmeasured if needed is not None]
         asked = ", ".join(map(str, config.lengths))

@@ -56,7 +56,12 @@ def make_tasks(suites: Sequence[str], options: SuiteOptions, only: Sequence[str]
             missing = getattr(module, "missing", None)
             reason = missing(name, options) if missing else None
             if reason:
-                raise EvalError(reason)
+                hints = (
+                    _absent_folders(options.data_dir, module.__name__.rpartition(".")[2], [name])
+                    if options.data_dir
+                    else []
+                )
+                raise EvalError("; ".join([reason, *(hint for hint in hints if hint.endswith("?)"))]))
         if name not in known:
             other = next(
                 (one for one in SUITES if one not in suites and (name == one or name.startswith(f"{one}_"))), None

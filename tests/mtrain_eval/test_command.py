@@ -170,13 +170,15 @@ def test_nothing_measured_is_exit_3_and_tasks_that_fit_nowhere_are_named(
     for _ in range(2):  # the second time it is known from the disk
         assert main([*words, "--lengths", "50,60", "--attention", "both"]) == 3
         err = capsys.readouterr().err
-        assert "would do: fake_code (64), fake_text (64), fake_next (64), fake_large (200)" in err
+        assert "would do): fake_code (64), fake_text (64), fake_next (64), fake_large (200)" in err
         assert err.endswith(
             "nothing was measured: no sample fits --lengths 50, 60; the smallest length that would do is 64 (fake_code)\n"
         )
     assert main([*words, "--lengths", "60,80", "--tasks", "next,fake_large"]) == 0
     err = capsys.readouterr().err
-    assert err.endswith("not measured, with the smallest length that would do: fake_large (200)\n")
+    assert err.endswith(
+        "not measured, no sample fits (in brackets the smallest length that would do): fake_large (200)\n"
+    )
     # What was measured before, at another length, is not what was asked for now.
     assert main([*words, "--lengths", "60", "--tasks", "next"]) == 3
     assert "would do is 64 (fake_next)" in capsys.readouterr().err

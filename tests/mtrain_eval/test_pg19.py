@@ -67,6 +67,8 @@ def test_without_books_the_held_out_library_stands_in(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (note,) = stand_in_notes(made, options(tmp_path))
     assert f"no {tmp_path / 'pg19'} (should {tmp_path / 'PG-19'} be called that?); made-up" in note
+    with pytest.raises(EvalError, match=r"no books in .*; there is no .*pg19 \(should .*PG-19 be called that"):
+        make_tasks(["pg19"], options(tmp_path), ["pg19"])
     (note,) = stand_in_notes(made, options(tmp_path / "infinitebench"))
     assert f"no {tmp_path / 'infinitebench/pg19'}; made-up" in note
     (tmp_path / "books" / "pg19").mkdir(parents=True)
@@ -156,8 +158,9 @@ def test_a_length_that_no_text_fills_does_not_fit(tmp_path: Path, length: int) -
     task = BooksWhole(options(shelf(tmp_path)))
     assert task.count(sum(SIZES) + 5) == 1
     for ask in (lambda: task.sample(length, 0), lambda: task.count(length)):
-        with pytest.raises(DoesNotFitError, match="2423 tokens long"):
+        with pytest.raises(DoesNotFitError, match="2423 tokens long") as caught:
             ask()
+        assert caught.value.needed == (16 if length < 16 else None)  # more books, or less length, would do
 
 
 # --- rolling windows -----------------------------------------------------------------------------------------------------

@@ -287,7 +287,8 @@ def test_scores_that_are_no_number_are_missing(tmp_path: Path, monkeypatch: pyte
 def test_tasks_that_fit_nowhere_are_told_from_those_that_were_measured(tmp_path: Path) -> None:
     outcome = run_fake(config_of(tmp_path, lengths=(100,), limit=1))
     assert outcome.unmeasured == [("fake_large", 200, "fake_large needs 200 tokens")] and not outcome.nothing
-    outcomes = run_ranks(lambda ring: run_fake(config_of(tmp_path, lengths=(10, 20)), ring), inner=2)
+    config = config_of(tmp_path, lengths=(10, 20))
+    outcomes = run_ranks(lambda ring: run_fake(config, ring), inner=2)
     assert all(one.nothing and [name for name, *_ in one.unmeasured][-1] == "fake_large" for one in outcomes)
     assert run_fake(config_of(tmp_path, lengths=(20, 300), limit=1)).unmeasured == []
 

@@ -113,7 +113,7 @@ class BooksWhole(BooksTask):
             raise DoesNotFitError(
                 f"{self.name}: all {len(lengths)} texts together are {int(lengths.sum())} tokens long, {length} were asked for; "
                 f"it takes at least {_SHORTEST} tokens and at most what there is (more books: --data-dir or --online)",
-                _SHORTEST,
+                _SHORTEST if length < _SHORTEST else None,
             )
         return pieces
 
