@@ -61,8 +61,13 @@ class Laps:
             torch.cuda.synchronize(self.device)
         spent = dict.fromkeys(PARTS, 0.0)
         for (part, begin), (_, end) in zip(marks, marks[1:], strict=False):
-            spent[part] += begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
+            spent[part] += self.elapsed(begin, end)
         return spent
+
+    @staticmethod
+    def elapsed(begin: Any, end: Any) -> float:
+        """Seconds between two marks."""
+        return float(begin.elapsed_time(end)) / 1e3 if isinstance(begin, torch.cuda.Event) else float(end - begin)
 
     def cancel(self) -> None:
         """The step broke off."""

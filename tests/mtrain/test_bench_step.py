@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -51,7 +50,7 @@ def test_rows_parts_and_files(tmp_path, capsys):
         assert record["tokens_per_s"] == pytest.approx(record["length"] / record["step_s"])
         assert set(record["share"]) == set(PARTS) and min(record["share"].values()) >= 0
         # Marks are made inside the step: what is outside of them is the way into and out of it.
-        assert sum(record["share"].values()) == pytest.approx(1, abs=0.05)
+        assert 0.5 < sum(record["share"].values()) < 1 + 1e-9
         assert all(record["share"][part] > 0 for part in PARTS[1:])
         assert record["peak_mb"] > 1 and record["steps"] == 1 and record["warmed_up"]
     for dense, sparse in zip(written["results"][::2], written["results"][1::2], strict=True):
@@ -116,55 +115,62 @@ def test_out_of_memory_ends_one_attention_only(bench):
         next(measure.run(bench, [128], {"x": lambda _: Contestant("x", dense, attend=broken)}, effort))
 
 
+class Clock:
+    """Time that passes only where a test says so: a busy machine cannot change what is measured."""
+
+    now = 0.0
+
+    @classmethod
+    def pass_by(cls, seconds: float) -> None:
+        cls.now += seconds
+
+
 class Slow(torch.autograd.Function):
     """The identity; 20 ms forward, 50 ms backward."""
 
     @staticmethod
     def forward(ctx, x):
-        time.sleep(0.02)
+        Clock.pass_by(0.02)
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        time.sleep(0.05)
+        Clock.pass_by(0.05)
         return gradient
 
 
-@pytest.mark.skipif(CUDA, reason="a host that sleeps is not seen by events on the device")
 def test_time_goes_to_the_part_that_spends_it(bench, monkeypatch):
+    monkeypatch.setattr(Laps, "_now", lambda laps: Clock.now)
+    monkeypatch.setattr(Laps, "elapsed", staticmethod(lambda begin, end: end - begin))
+    layers = TINY["num_hidden_layers"]
+
     def slow(q, k, v):
         return dense_of_another_kernel(q, k, Slow.apply(v))
 
     def spent(attend=None):
         recipe = SETTINGS.attention(pattern="dense") if attend else SETTINGS.attention()
-        return bench.step(Contestant("x", recipe, attend=attend), bench.batch(64), 0.0).parts
+        parts = bench.step(Contestant("x", recipe, attend=attend), bench.batch(64), 0.0).parts
+        return {part: seconds for part, seconds in parts.items() if seconds}
 
-    bench.step(Contestant("x", SETTINGS.attention()), bench.batch(64), 0.0)  # warm
-    plain, slowed, layers = spent(dense_of_another_kernel), spent(slow), TINY["num_hidden_layers"]
-    late = {part: slowed[part] - plain[part] for part in PARTS}
-    assert late["attention forward"] > 0.9 * 2 * 0.02 * layers  # with recomputation
-    assert late["attention backward"] > 0.9 * 0.05 * layers
-    assert max(late[part] for part in PARTS if "attention" not in part) < 0.04
+    assert spent() == {}
+    # Forward twice, because it is recomputed.
+    expected = {"attention forward": 2 * 0.02 * layers, "attention backward": 0.05 * layers}
+    assert spent(slow) == pytest.approx(expected)
 
     def estimate(*given, **keys):
-        time.sleep(0.06)
+        Clock.pass_by(0.06)
         return right(*given, **keys)
 
     right = VerticalSlashPattern.index
-    plain = spent()
     with monkeypatch.context() as patch:
         patch.setattr(VerticalSlashPattern, "index", estimate)
-        slowed = spent()
-    assert (
-        slowed["estimation + index"] - plain["estimation + index"] > 0.9 * 0.06 * layers
-    )  # once: recomputation keeps it
-    assert slowed["attention forward"] - plain["attention forward"] < 0.05
-    hook = bench.optimizer.register_step_pre_hook(lambda *_: time.sleep(0.1))
-    assert spent()["clipping + AdamW"] > 0.1
+        assert spent() == pytest.approx({"estimation + index": 0.06 * layers})  # once: recomputation keeps it
+    hook = bench.optimizer.register_step_pre_hook(lambda *_: Clock.pass_by(0.1))
+    assert spent() == pytest.approx({"clipping + AdamW": 0.1})
     hook.remove()
     cross = loss.fused_cross_entropy
     monkeypatch.setattr(loss, "fused_cross_entropy", lambda *a, **k: (Slow.apply(cross(*a, **k)[0]), 0))
-    assert spent()["loss head"] - plain["loss head"] > 0.9 * 0.07
+    assert spent() == pytest.approx({"loss head": 0.07})
 
 
 def test_budgets_are_found():
