@@ -10,8 +10,8 @@ import argparse
 import sys
 
 from mtrain.cli import add_recipe_arguments, split_words
-from mtrain.commands.inspect import warnings
 from mtrain.recipe import load_recipe
+from mtrain.recipe.advice import warnings
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

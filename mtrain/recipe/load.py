@@ -53,12 +53,12 @@ def load_recipe(path: str | Path = DEFAULT, overrides: Sequence[str] = ()) -> Re
     entries.setdefault("name", Node(str(file), file.stem))
     if isinstance(entries["name"].value, str):
         entries.setdefault("output", Node(str(file), f"runs/{entries['name'].value}"))
-    return _section(Recipe, Node(str(file), entries), "")
+    return section_from(Recipe, Node(str(file), entries), "")
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """The inverse of `Recipe.to_dict`, with the same checks; `where` names the origin in error messages."""
-    return _section(Recipe, from_value(dict(values), where), "")
+    return section_from(Recipe, from_value(dict(values), where), "")
 
 
 def _shipped() -> dict[str, Path]:
@@ -133,7 +133,7 @@ def _path(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
-def _section(cls: type[S], node: Node, prefix: str) -> S:
+def section_from(cls: type[S], node: Node, prefix: str) -> S:
     """Build one dataclass from a mapping; `prefix` is the section's dotted name."""
     assert dataclasses.is_dataclass(cls)
     fields = {item.name: item for item in dataclasses.fields(cls)}
@@ -200,9 +200,9 @@ def _convert(hint: Any, node: Node, path: str) -> Any:
     if origin is tuple:
         return _convert_list(get_args(hint), node, path)
     if origin is dict:
-        return _untyped(node) if isinstance(node.value, dict) else _MISSING
+        return untyped_from(node) if isinstance(node.value, dict) else _MISSING
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _section(hint, node, path)
+        return section_from(hint, node, path)
     return _convert_scalar(hint, node)
 
 
@@ -213,12 +213,12 @@ def _convert_union(options: tuple[Any, ...], node: Node, path: str) -> Any:
     sections = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     if sections and isinstance(node.value, dict):
         if len(sections) == 1:
-            return _section(sections[0], node, path)
+            return section_from(sections[0], node, path)
         kinds = {get_args(get_type_hints(option)["kind"])[0]: option for option in sections}
         kind = node.value.get("kind", Node(node.where, next(iter(kinds)), plain=True))
         if not isinstance(kind.value, str) or kind.value not in kinds:
             raise RecipeError(f"{kind.where}: {path}.kind must be one of {', '.join(kinds)}; got {kind.describe()}")
-        return _section(kinds[kind.value], node, path)
+        return section_from(kinds[kind.value], node, path)
     for option in options:
         if option is type(None) or option in sections:
             continue
@@ -248,7 +248,7 @@ def _convert_scalar(hint: Any, node: Node) -> Any:
         return _MISSING
     if hint is bool:
         return {"true": True, "false": False}.get(node.value.lower(), _MISSING)
-    number = _number(node.value)
+    number = number_from(node.value)
     if number is None:
         return _MISSING
     if hint is int:
@@ -256,7 +256,7 @@ def _convert_scalar(hint: Any, node: Node) -> Any:
     return float(number)
 
 
-def _number(text: str) -> int | float | None:
+def number_from(text: str) -> int | float | None:
     """A finite number or a size (512K = 524288), else None. Digits may be grouped: 1_000_000."""
     if size := _SIZE.fullmatch(text):
         return int(size[1]) * UNITS[size[2].upper()]
@@ -269,12 +269,12 @@ def _number(text: str) -> int | float | None:
     return number if abs(number) != float("inf") else None
 
 
-def _untyped(node: Node) -> Any:
+def untyped_from(node: Node) -> Any:
     """Free-form sections (model.config, rope, options): text, number, size, true, false, null, lists, sections."""
     if isinstance(node.value, dict):
-        return {key: _untyped(child) for key, child in node.value.items()}
+        return {key: untyped_from(child) for key, child in node.value.items()}
     if isinstance(node.value, list):
-        return [_untyped(child) for child in node.value]
+        return [untyped_from(child) for child in node.value]
     if not node.plain:
         return node.value
     if node.is_null:
@@ -284,7 +284,7 @@ def _untyped(node: Node) -> Any:
         raise RecipeError(f"{node.where}: {node.value!r} is ambiguous; write true or false, or put the text in quotes")
     if word in ("true", "false"):
         return word == "true"
-    number = _number(node.value)
+    number = number_from(node.value)
     return node.value if number is None else number
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrain.errors import RecipeError
-from mtrain.recipe.load import _number, _section, _untyped, find_recipe
+from mtrain.recipe.load import find_recipe, number_from, section_from, untyped_from
 from mtrain.recipe.schema import AttentionRecipe
 from mtrain.recipe.yaml_tree import from_value, parse, read_file
 
@@ -23,12 +23,12 @@ def load_attention(path: str | Path) -> AttentionRecipe:
     section = root.value.get("attention") if isinstance(root.value, dict) else None
     if section is None:
         raise RecipeError(f"{file}: has no section 'attention:', which says how attention is to be sparse")
-    return _section(AttentionRecipe, section, "attention")
+    return section_from(AttentionRecipe, section, "attention")
 
 
 def attention_from_dict(values: Mapping[str, Any], where: str) -> AttentionRecipe:
     """The attention section of `Recipe.to_dict`, read back; ``where`` names the origin in error messages."""
-    return _section(AttentionRecipe, from_value(dict(values), where), "attention")
+    return section_from(AttentionRecipe, from_value(dict(values), where), "attention")
 
 
 def read_size(text: str, what: str) -> int:
@@ -37,7 +37,7 @@ def read_size(text: str, what: str) -> int:
     Raises:
         RecipeError: something else.
     """
-    number = _number(text.strip())
+    number = number_from(text.strip())
     if number is None or number != int(number) or number < 1:
         raise RecipeError(f"{what}: expected a whole number such as 4096 or 4K (K = 1024), got {text!r}")
     return int(number)
@@ -52,6 +52,6 @@ def read_section(text: str, what: str) -> dict[str, Any]:
     node = parse(text, what, numbered=False)
     if not isinstance(node.value, dict):
         raise RecipeError(f"{what}: expected a section such as '{{rope_type: yarn, factor: 4}}', got {node.describe()}")
-    section = _untyped(node)
+    section = untyped_from(node)
     assert isinstance(section, dict)
     return section
