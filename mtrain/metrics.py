@@ -6,6 +6,10 @@ without checkpoints), density (mean over layers; with density_min, density_max a
 reach and reach_any_head (with recall; share of pairs inside the mask at distance 1, 2..3, 4..7, ..: mean over heads and layers,
 and pairs that any head holds), worker_imbalance, step_imbalance (of computed area), time_imbalance (slowest rank / mean, forward
 and backward), memory_mb (peak of this process; of the device with CUDA). What was not measured is left out.
+
+The held-out loss has lines of its own: step, validation_loss (mean over the target tokens of all held-out rows, in nats),
+validation_perplexity (e to that power), validation_targets (how many tokens) and, if asked for, validation_loss_dense (the same
+rows with dense attention). `read_lines(path, having="loss")` gives the lines of training alone.
 """
 
 from __future__ import annotations
@@ -73,7 +77,8 @@ class MetricsLog:
         if self._board is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":
-                    self._board.add_scalar(f"train/{key}", value, record["step"])
+                    tag = key.replace("validation_", "validation/") if key.startswith("validation_") else f"train/{key}"
+                    self._board.add_scalar(tag, value, record["step"])
 
     def say(self, text: str) -> None:
         """A line for people that does not tear the progress bar."""
@@ -145,8 +150,8 @@ def keep_lines_until(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a run.jsonl; an unfinished last line is ignored.
+def read_lines(path: Path, having: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run.jsonl, all or those with one key; an unfinished last line is ignored.
 
     Raises:
         MtrainError: names the line that is no record.
@@ -161,7 +166,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 raise MtrainError(
                     f"{path}:{number}: not JSON: {line[:80]!r}; this file is written by mtrain only: delete the line"
                 ) from None
-    return records
+    return records if having is None else [record for record in records if having in record]
 
 
 def rounded(value: Any) -> Any:

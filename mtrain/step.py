@@ -159,7 +159,7 @@ class Stepper:
             self.context.measure_recall = measure_recall and last
             self.context.begin(shard.doc_start, step=step)
             with contextlib.nullcontext() if last else self.world.no_sync(self.model):
-                loss_sum = self._forward(shard)
+                loss_sum = self.forward(shard)
                 with self.world.waiting_for(f"the gradients of step {step + 1}"):
                     self.world.backward(scaled_loss(loss_sum, targets, self.world.grad_divisor))
             if self.rebalancer is not None:
@@ -167,7 +167,8 @@ class Stepper:
             share += loss_sum.detach().double() / max(targets, 1)
         return float(share)
 
-    def _forward(self, shard: Shard) -> Tensor:
+    def forward(self, shard: Shard) -> Tensor:
+        """The sum of the token losses of this rank's part of a micro-batch that was announced to the context, a scalar."""
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.model(
                 input_ids=shard.tokens,

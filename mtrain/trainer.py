@@ -42,6 +42,7 @@ from mtrain.state import (
     require_same_config,
 )
 from mtrain.step import Stepper, StepResult
+from mtrain.validation import make_validation
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         step, tokens, loss (of the last step; None when there was nothing to do), stopped (None, "stop_after" or "signal"),
-        resumed_from (step or None), checkpoint and export (paths or None), output.
+        resumed_from (step or None), validation (the last measurement of the held-out loss, as in run.jsonl, or None), checkpoint
+        and export (paths or None), output.
 
     Raises:
         MtrainError: anything a user can mend: a launch that does not fit the recipe, data, model, checkpoint, a lost peer, a loss
@@ -131,6 +133,8 @@ class Run:
             recipe, self.tokenizer, dp_rank=world.dp_rank, dp_size=world.dp, progress=world.is_main
         )
         self._build_model()
+        self.validation = make_validation(recipe, self.tokenizer, self.model, self.stepper)
+        self.validated: dict[str, float] | None = None
         self.rate = functools.partial(
             learning_rate,
             peak=train.lr,
@@ -205,6 +209,8 @@ class Run:
             last = stopped is not None or self.step == recipe.train.steps
             if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
                 self.save(last)
+            if self._validates():  # after the save: a process that dies in it loses a figure, not a state
+                self.validate()
         export = None if stopped else self.export()
         if stopped:
             self.log.say(f"stopped after step {self.step} ({stopped}); the same command goes on from {self.saved}")
@@ -214,6 +220,7 @@ class Run:
             "loss": None if result is None else result.loss,
             "stopped": stopped,
             "resumed_from": self.resumed_from,
+            "validation": self.validated,
             "checkpoint": None if self.saved is None else str(self.saved),
             "export": None if export is None else str(export),
             "output": str(self.output),
@@ -263,6 +270,21 @@ class Run:
     def _measures_recall(self, step: int) -> bool:
         every = self.recipe.log.recall_every
         return every > 0 and step % every == 0
+
+    def _validates(self) -> bool:
+        every = self.recipe.log.validate_every
+        due = self.step == self.recipe.train.steps or (every > 0 and self.step % every == 0)
+        return self.validation is not None and due
+
+    def validate(self) -> None:
+        """Measure the loss on the held-out rows: a line of run.jsonl of its own, and one that is said."""
+        assert self.validation is not None
+        # With the attention of the step just done: at the end of a warm-up, none that was never trained.
+        self.validated = found = self.validation(self.step - 1)
+        self.log.write({"step": self.step, **found})
+        told = f"held-out loss {found['validation_loss']:.4f}, perplexity {found['validation_perplexity']:.4g}"
+        dense = f", with dense attention {found['validation_loss_dense']:.4f}" if self.validation.dense else ""
+        self.log.say(f"step {self.step}: {told}{dense}")
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 

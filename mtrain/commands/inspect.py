@@ -49,8 +49,18 @@ def derived(recipe: Recipe) -> dict[str, str]:
         "tokens per step": f"{tokens:,}",
         "tokens of the run": f"{tokens * train.steps:,} in {train.steps:,} steps",
         "data mix at the start": ", ".join(_mix(recipe)),
+        "held out": _held_out(recipe),
         "output": recipe.output,
     }
+
+
+def _held_out(recipe: Recipe) -> str:
+    rows, log = recipe.data.validation_rows, recipe.log
+    if not rows:
+        return "nothing"
+    often = f"every {log.validate_every} steps and " if log.validate_every else ""
+    also = ", with dense attention too" if log.validate_dense and recipe.attention.pattern != "dense" else ""
+    return f"{rows} rows, measured {often}at the end{also}"
 
 
 def _mix(recipe: Recipe) -> list[str]:

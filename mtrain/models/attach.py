@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,6 +81,23 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         del model.mtrain_hooks
         model.set_attn_implementation("sdpa")
     return model
+
+
+@contextlib.contextmanager
+def borrowed(model: PreTrainedModel, context: RingContext) -> Iterator[None]:
+    """Inside it, forwards of an attached model belong to another context (its pattern, layout, kept estimates, statistics).
+
+    For an evaluation in the middle of a training: the model's own context does not notice. A backward pass or a recompute of
+    these forwards may come later, as each micro-batch knows its context.
+    """
+    modules, own = {model, model.base_model}, model.mtrain_context
+    try:
+        for module in modules:
+            module.mtrain_context = context  # type: ignore[assignment]
+        yield
+    finally:
+        for module in modules:
+            module.mtrain_context = own
 
 
 def own_config(model: PreTrainedModel) -> None:

@@ -37,10 +37,13 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 def describe_run(title: str, output: Path, seconds: float) -> list[str]:
     """Loss curve, speed, density, recall and imbalance of one run, from its run.jsonl."""
-    lines = read_lines(output / "run.jsonl")
+    lines = read_lines(output / "run.jsonl", having="loss")
     losses = [line["loss"] for line in lines]
     text = [f"{title}: {lines[-1]['step']} steps, {lines[-1]['tokens']:,} tokens, {seconds:.0f} s with start-up"]
     text.append(f"  loss   {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}")
+    measured = [line["validation_loss"] for line in read_lines(output / "run.jsonl", having="validation_loss")]
+    if held_out := [loss for loss in measured if loss is not None]:  # None stands for one that was not finite
+        text.append(f"  held-out loss {held_out[0]:.3f} {sparkline(held_out)} {held_out[-1]:.3f}")
     speed = sorted(line["tokens_per_s"] for line in lines)[len(lines) // 2]
     facts = [f"{speed:,.0f} tokens/s (median)"]
     for key, name in (("density", "density"), ("recall", "recall")):

@@ -178,7 +178,7 @@ def check_checkpoint(checkpoint: schema.CheckpointRecipe) -> None:
 def check_log(log: schema.LogRecipe) -> None:
     """Intervals."""
     at_least(log, 1, "every")
-    at_least(log, 0, "recall_every")
+    at_least(log, 0, "recall_every", "validate_every")
 
 
 def check_recipe(recipe: schema.Recipe) -> None:
@@ -204,6 +204,13 @@ def check_recipe(recipe: schema.Recipe) -> None:
     stop = recipe.checkpoint.stop_after
     if stop is not None and stop > recipe.train.steps:
         raise FieldError("checkpoint.stop_after", f"must not exceed train.steps ({recipe.train.steps}), got {stop}")
+    for key in ("validate_every", "validate_dense"):
+        if getattr(recipe.log, key) and not recipe.data.validation_rows:
+            raise FieldError(
+                f"log.{key}",
+                "measures the loss on held-out rows, and none are held out; set data.validation_rows too, for example "
+                f"data.validation_rows={recipe.train.batch_rows}, or remove log.{key}",
+            )
     _check_every_step_has_data(recipe)
 
 

@@ -55,9 +55,9 @@ class DataRecipe:
 
     sources: tuple[SourceRecipe, ...]
     packing: bool = True  # several documents share a row; attention and loss never cross a document boundary
-    validation_rows: int = (
-        0  # above 0: a twentieth of the documents is never trained on; training measures nothing on them
-    )
+    # Above 0: a twentieth of the documents is never trained on. The loss on so many rows of them (shared out evenly over the
+    # sources of text; over the others where there are none) is measured at the end and every log.validate_every steps.
+    validation_rows: int = 0
 
     def __post_init__(self) -> None:
         checks.check_data(self)
@@ -200,6 +200,8 @@ class LogRecipe:
     every: int = 10  # steps between two lines of run.jsonl and of the terminal
     tensorboard: bool = True
     recall_every: int = 0  # steps between two measurements of recall, which cost one dense forward; 0: never
+    validate_every: int = 0  # steps between two measurements of the loss on data.validation_rows; 0: only at the end
+    validate_dense: bool = False  # measure these rows with dense attention too: what the pattern costs
 
     def __post_init__(self) -> None:
         checks.check_log(self)

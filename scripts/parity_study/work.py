@@ -78,7 +78,7 @@ def results(runs: Path, seeds: list[int]) -> dict[tuple[int, str], dict[str, Any
             folder = Path(method_recipe(runs, seed, method).output)
             made = json.loads((folder / RESULT).read_text()) if (folder / RESULT).exists() else {"evaluations": {}}
             if {"dense", method} <= set(made["evaluations"]):
-                found[seed, method] = {**made, "lines": read_lines(folder / RUN_FILE)}
+                found[seed, method] = {**made, "lines": read_lines(folder / RUN_FILE, having="loss")}
     return found
 
 
