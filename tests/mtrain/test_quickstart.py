@@ -14,6 +14,7 @@ from mtrain.commands.quickstart import _fresh
 from mtrain.data.retrieval import retrieval_prompts
 from mtrain.data.tokenizer import load_tokenizer
 from mtrain.export import export_model
+from mtrain.metrics import read_lines
 from mtrain.models import load_model
 from mtrain.quickstart.measure import Exam, Result, Subject, by_depth, measure
 from mtrain.quickstart.report import accuracy_table, promises, sparkline
@@ -132,7 +133,7 @@ def test_the_whole_job_in_two_steps_each(tmp_path):
     assert "- [ ] retrieval at 4096 at least 90 %: sparse-trained, sparse" in report
     raw = json.loads((output / "report.json").read_text())
     assert len(raw["results"]) == 6 and raw["results"]["sparse-trained, sparse"]["density"] < 0.9
-    steps = [json.loads(line)["step"] for line in (output / "sparse" / "run.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in read_lines(output / "sparse" / "run.jsonl", having="loss")]
     assert steps == [1, 2], "the resumed run goes on where the stopped one ended"
     again = subprocess.run(
         [sys.executable, "-m", "mtrain", "quickstart", "--output", str(Path(__file__).parent)],

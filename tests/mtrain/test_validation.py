@@ -14,7 +14,7 @@ from mtrain.data.tokenizer import load_tokenizer
 from mtrain.errors import DataError, LaunchError
 from mtrain.metrics import read_lines
 from mtrain.parallel import make_world
-from mtrain.patterns import estimate_vertical_slash
+from mtrain.patterns import estimate_vertical_slash, plan
 from mtrain.patterns.budget import TopK
 from mtrain.quickstart.report import describe_run
 from mtrain.trainer import Run, train
@@ -65,7 +65,7 @@ def reference(export: str, rows: Batch, attention=None) -> float:
 def test_it_is_the_mean_that_the_reference_attention_gives_on_the_same_rows(tmp_path, packing):
     recipe = tiny_recipe(
         tmp_path, train__steps=9, train__lr=1e-2, train__micro_rows=2, data__validation_rows=5, data__packing=packing,
-        log__validate_dense=True,
+        log__validate_dense=True, attention__local=0, attention__budget={"kind": "topk", "columns": 3, "slashes": 1},
     )  # fmt: skip
     summary = train(recipe)
     found = summary["validation"]
@@ -174,7 +174,7 @@ def compare(directory: Path, start, changes: dict) -> None:
     assert states[0]["balancer"] == states[1]["balancer"] and states[0]["data"] == states[1]["data"]
 
 
-def test_a_measurement_leaves_the_run_as_it_was(tmp_path):
+def test_a_measurement_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     """Mode, context, windows and random numbers; and it is the same when it is made twice, without dropout."""
     changes = {"model__config__model_type": "phi3", "model__config__resid_pdrop": 0.5, "model__config__pad_token_id": 0}
     recipe = tiny_recipe(tmp_path, data__validation_rows=3, log__every=4, attention__refresh="frozen", **changes)
@@ -188,6 +188,7 @@ def test_a_measurement_leaves_the_run_as_it_was(tmp_path):
         return modes, context, vars(run.window).copy(), torch.get_rng_state().tolist(), torch.is_grad_enabled()
 
     before = state()
+    monkeypatch.setattr(plan, "select_vertical_slash", None)  # the frozen patterns are measured: none is estimated
     run.validate()
     first = run.validated
     run.validate()
@@ -238,6 +239,14 @@ def test_a_dense_pattern_is_measured_once(tmp_path):
     changes = {"data__validation_rows": 2, "log__validate_dense": True, "attention__pattern": "dense"}
     summary = train(tiny_recipe(tmp_path, train__steps=1, **changes))
     assert set(summary["validation"]) == {"validation_loss", "validation_perplexity", "validation_targets"}
+
+
+def test_the_attention_is_that_of_the_step_just_done(tmp_path):
+    changes = {"data__validation_rows": 2, "log__validate_every": 1, "log__validate_dense": True}
+    train(tiny_recipe(tmp_path, train__steps=2, attention__dense_warmup_steps=1, **changes))
+    warm, sparse = lines(tmp_path, "run", "validation_loss")
+    assert warm["validation_loss"] == warm["validation_loss_dense"]
+    assert sparse["validation_loss"] != sparse["validation_loss_dense"]
 
 
 @pytest.mark.parametrize("key", ["validate_every=5", "validate_dense=true"])
