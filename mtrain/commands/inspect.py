@@ -54,6 +54,12 @@ def derived(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def _mix(recipe: Recipe) -> list[str]:
+    active = [source for source in recipe.data.sources if source.from_step == 0]
+    total = sum(source.weight for source in active)
+    return [f"{source.kind} {100 * source.weight / total:.0f} %" for source in active]
+
+
 def _held_out(recipe: Recipe) -> str:
     rows, log = recipe.data.validation_rows, recipe.log
     if not rows:
@@ -61,9 +67,3 @@ def _held_out(recipe: Recipe) -> str:
     often = f"every {log.validate_every} steps and " if log.validate_every else ""
     also = ", with dense attention too" if log.validate_dense and recipe.attention.pattern != "dense" else ""
     return f"{rows} rows, measured {often}at the end{also}"
-
-
-def _mix(recipe: Recipe) -> list[str]:
-    active = [source for source in recipe.data.sources if source.from_step == 0]
-    total = sum(source.weight for source in active)
-    return [f"{source.kind} {100 * source.weight / total:.0f} %" for source in active]
