@@ -62,11 +62,11 @@ def reference(export: str, rows: Batch, attention=None) -> float:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_it_is_the_mean_that_the_reference_attention_gives_on_the_same_rows(tmp_path, packing):
-    recipe = tiny_recipe(
-        tmp_path, train__steps=9, train__lr=1e-2, train__micro_rows=2, data__validation_rows=5, data__packing=packing,
-        log__validate_dense=True, attention__local=0, attention__budget={"kind": "topk", "columns": 3, "slashes": 1},
-    )  # fmt: skip
+def test_it_is_the_mean_that_the_reference_attention_gives_on_the_same_rows(tmp_path, monkeypatch, packing):
+    monkeypatch.chdir(tmp_path)  # the order of documents hangs on their path
+    little = {"attention__local": 0, "attention__budget": {"kind": "topk", "columns": 3, "slashes": 1}}
+    rows = {"data__validation_rows": 5, "data__packing": packing, "train__micro_rows": 2, "log__validate_dense": True}
+    recipe = tiny_recipe(Path(), train__steps=2, model__config__initializer_range=0.3, **little, **rows)
     summary = train(recipe)
     found = summary["validation"]
     rows = held_out_rows(recipe.data, load_tokenizer("bytes"), 5, 100)
@@ -76,10 +76,10 @@ def test_it_is_the_mean_that_the_reference_attention_gives_on_the_same_rows(tmp_
     sparse, dense = (reference(summary["export"], rows, attention) for attention in (recipe.attention, None))
     assert found["validation_loss"] == pytest.approx(sparse, rel=1e-5)
     assert found["validation_loss_dense"] == pytest.approx(dense, rel=1e-5)
-    assert abs(sparse / dense - 1) > 1e-4, "or the two would prove the same"
+    assert abs(sparse / dense - 1) > 1e-3, "or the two would prove the same"
     assert found["validation_perplexity"] == pytest.approx(math.exp(found["validation_loss"]))
     [line] = lines(tmp_path, "run", "validation_loss")
-    assert line == pytest.approx({"step": 9, **found}, rel=1e-6)
+    assert line == pytest.approx({"step": 2, **found}, rel=1e-6)
 
 
 def measured(directory: Path, mesh: dict[str, int], changes: dict) -> dict[str, float]:
