@@ -38,6 +38,13 @@ from mtrain.recipe import ParallelRecipe, Recipe
 from mtrain.topology import RingTopology
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# What `accelerate launch` sets for the other distributed types.
+_FOREIGN_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 
 
 def launched_world_size() -> int:
@@ -89,8 +96,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Mixed precision stays with the trainer (torch.autocast): the recipe decides it, not the launch file.
 
     Raises:
-        LaunchError: the number of processes does not fit the recipe, or Accelerate did not see all of them.
+        LaunchError: the launch file asks for an engine of its own, the number of processes does not fit the recipe, or Accelerate
+            did not see all of them.
     """
+    _refuse_foreign_engines()
     world_size = launched_world_size()
     check_world_size(recipe.parallel, world_size)
     timeout = timedelta(seconds=recipe.parallel.timeout_s)
@@ -109,6 +118,17 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "`distributed_type: MULTI_GPU` in the launch file as recipes/accelerate/cpu_2.yaml does"
         )
     return accelerator
+
+
+def _refuse_foreign_engines() -> None:
+    """A launch file's engine would be started beside ours, or ignored without a word."""
+    for variable, name in _FOREIGN_ENGINES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise LaunchError(
+                f"the launch file asks Accelerate for {name}, but who holds which part of the model is the recipe's to say: put "
+                "distributed_type: MULTI_GPU into the launch file, as recipes/accelerate/gpu_8.yaml does, and parallel.engine=fsdp "
+                "(sharded, FSDP2) or ddp into the recipe; DeepSpeed is not supported"
+            )
 
 
 def _init_process_group(world_size: int, timeout: timedelta) -> None:
