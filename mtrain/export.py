@@ -56,7 +56,7 @@ def export_model(
 
 
 def save_plain(model: Any, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """``save_pretrained`` of whole tensors, with the model's own config left as it was and no trace of our attention in the saved one."""
+    """``save_pretrained`` of whole tensors; the saved config, unlike the model's own, has no trace of our attention."""
     config = model.config
     plain = copy.deepcopy(config)
     plain._attn_implementation = None

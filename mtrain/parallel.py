@@ -229,7 +229,8 @@ class World:
         """
         with self.waiting_for("all ranks to register the model with the gradient engine"):
             if self.sharded:
-                return _shard(model, self.device, precision)
+                _shard(model, self.device, precision)
+                return model
             prepared: nn.Module = self.accelerator.prepare_model(model)
             return prepared
 
@@ -273,7 +274,7 @@ class World:
         return whole
 
     def as_held(self, value: Tensor, like: Tensor) -> Tensor:
-        """A whole ``value`` as ``like`` is held: on its device, and of a sharded one only this rank's part, in memory of its own."""
+        """A whole ``value`` as ``like`` is held: on its device, and if that is sharded only this rank's part, without the rest."""
         if not isinstance(like, DTensor) or value.shape != like.shape:  # a count of steps has no shards
             return value.to(like.device)
         part = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
@@ -415,7 +416,7 @@ def make_world(recipe: Recipe) -> World:
     return world
 
 
-def _shard(model: Any, device: torch.device, precision: str) -> nn.Module:
+def _shard(model: Any, device: torch.device, precision: str) -> None:
     """FSDP2 over all processes, on one flat mesh: every parameter is split along its first dimension, gathered when its unit runs
     and freed after, forward and backward. A unit is a decoder layer, the input embedding, or final norm and head; tied embeddings
     stay with the root, whose forward spans both uses. Units go to the device one by one, so it never holds the whole model.
@@ -425,25 +426,21 @@ def _shard(model: Any, device: torch.device, precision: str) -> nn.Module:
     are rounded where DDP would not. Gradients are reduced in float32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    gathered = torch.bfloat16 if precision == "bf16" else None
-    rounded, exact = (
-        {
-            "mesh": mesh,
-            # Also for the root, or it would stay whole after a forward without a backward.
-            "reshard_after_forward": True,
-            # Inputs are left to autocast: RoPE's cosines would not survive 512K positions in bfloat16.
-            "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-        }
-        for dtype in (gathered, None)
-    )
+
+    def unit(modules: Any, gathered: torch.dtype | None = None) -> None:
+        # Inputs are left to autocast: RoPE's cosines would not survive 512K positions in bfloat16.
+        policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Freed after forward also where that is not the default, the root: a forward without a backward leaves nothing whole.
+        fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+    rounded = torch.bfloat16 if precision == "bf16" else None
     decoder, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
     for layer in decoder.layers:
-        fully_shard(layer, **rounded)
+        unit(layer, rounded)
     if head.weight is not embedding.weight:
-        fully_shard(embedding, **exact)
-        fully_shard([decoder.norm, head], **rounded)
-    sharded: nn.Module = fully_shard(model, **exact)
-    return sharded
+        unit(embedding)
+        unit([decoder.norm, head], rounded)
+    unit(model)
 
 
 def _own(tensor: Tensor) -> Tensor:
