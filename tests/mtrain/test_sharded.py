@@ -115,13 +115,17 @@ def held(directory: Path, changes: dict[str, Any]) -> dict[str, Any]:
         names = {n for n, p in run.model.named_parameters() if not isinstance(p, DTensor)}
         whole.setdefault(f"layer {module.layer_idx}", set()).update(names)
 
+    run.one_step()
+    run.save(True)
+    run.log.close()
+    run = Run(recipe, run.world)  # resumed: its moments come from whole tensors
     for layer in run.model.model.layers:
         layer.self_attn.register_forward_pre_hook(look)
     run.one_step()
     run.model.eval()
     with torch.no_grad():  # nobody goes backward: nothing may stay whole after it
         n = run.context.layout.local_len
-        run.context.begin(None, step=1)
+        run.context.begin(None, step=2)
         run.model(input_ids=torch.zeros(1, n, dtype=torch.int64), use_cache=False)
     own = list(run.model.parameters()) + [t for t in optimizer_tensors(run.model, run.optimizer).values() if t.dim()]
     run.log.close()
@@ -235,6 +239,7 @@ def poisoned(directory: Path, changes: dict[str, Any]) -> list[str]:
     after = [p.detach().to_local() for p in run.model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     run.one_step()  # what failed left nothing behind
+    run.log.close()
     return messages
 
 
