@@ -277,8 +277,7 @@ class World:
         """A whole ``value`` as ``like`` is held: on its device, and if that is sharded only this rank's part, without the rest."""
         if not isinstance(like, DTensor) or value.shape != like.shape:  # a count of steps has no shards
             return value.to(like.device)
-        part = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-        return torch.empty_like(like, dtype=value.dtype).copy_(part)
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
     def all_reduce(self, x: Tensor, op: str = "sum", *, what: str = "an all-reduce") -> Tensor:
         """A new tensor: ``x`` combined over all ranks by "sum", "max" or "min"."""

@@ -83,13 +83,21 @@ def both_engines(directory: Path, changes: dict[str, Any]) -> list[dict[str, Any
 
 MESHES = {
     "ring 2, recomputed": {**PAIR, **UNTIED, **RECOMPUTE},
+    "dp 2 x ring 2, recomputed": {"parallel__dp": 2, **PAIR, **RECOMPUTE},
+}
+MORE_MESHES = {
     "ring 3, odd shards": {"parallel__inner": 3, **UNTIED},
     "nodes 2 x ring 2": {"parallel__outer": 2, **PAIR, "attention__layout": "zigzag"},
-    "dp 2 x ring 2, recomputed": {"parallel__dp": 2, **PAIR, **RECOMPUTE},
 }
 
 
-@pytest.mark.parametrize("changes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(pytest.param(changes, id=name) for name, changes in MESHES.items()),
+        *(pytest.param(changes, id=name, marks=pytest.mark.slow) for name, changes in MORE_MESHES.items()),
+    ],
+)
 def test_shards_give_the_losses_weights_and_moments_of_whole_models(tmp_path, changes):
     """To the rounding of float32 sums (2 ** -24 each): the two engines add up gradients in different orders."""
     results = on_ranks(both_engines, tmp_path / "work", tmp_path, changes)
@@ -139,29 +147,17 @@ def held(directory: Path, changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_rank_holds_its_shard_and_the_layer_that_runs(tmp_path, tied):
     root = {"model.embed_tokens.weight", "model.norm.weight"} if tied else set()
-    changes = {"parallel__dp": 2, **PAIR, "model__config__tie_word_embeddings": tied}
+    changes = {**PAIR, "model__config__tie_word_embeddings": tied}
     for result in on_ranks(held, tmp_path / "work", tmp_path, changes):
-        assert result["sharded"] and 0.25 <= result["share"] < 0.26
+        assert result["sharded"] and 0.5 <= result["share"] < 0.51
         for index in range(2):
             seen = result["whole"][f"layer {index}"]
             layer = {name for name in seen if name.startswith(f"model.layers.{index}.")}
             assert len(layer) == 12 and seen - layer == root
 
 
-def test_bf16_is_near_and_keeps_the_residual_stream_in_float32(tmp_path):
-    results = {}
-    for engine in ("ddp", "fsdp"):
-        changes = {**PAIR, **UNTIED, "train__precision": "bf16", "parallel__engine": engine}
-        results[engine] = on_ranks(half_precision, tmp_path / engine, tmp_path, changes)[0]
-    (wanted, _), (losses, dtypes) = results["ddp"], results["fsdp"]
-    assert losses == pytest.approx(wanted, rel=2e-3) and losses != wanted
-    assert dtypes == {
-        "stream": "torch.float32", "weight": "torch.bfloat16", "head": "torch.bfloat16", "gradient": "torch.float32",
-    }  # fmt: skip
-
-
-def half_precision(directory: Path, changes: dict[str, Any]) -> tuple[list[float], dict[str, str]]:
-    recipe = sharded(directory, changes["parallel__engine"], changes)
+def half_precision(directory: Path, changes: dict[str, Any], engine: str) -> tuple[list[float], dict[str, str]]:
+    recipe = sharded(directory, engine, {**changes, "parallel__engine": engine})
     run = Run(recipe, make_world(recipe))
     dtypes: dict[str, str] = {}
 
@@ -176,6 +172,21 @@ def half_precision(directory: Path, changes: dict[str, Any]) -> tuple[list[float
     losses = [run.one_step().loss for _ in range(3)]
     run.log.close()
     return losses, dtypes
+
+
+def both_in_half(directory: Path, changes: dict[str, Any]) -> list[tuple[list[float], dict[str, str]]]:
+    return [half_precision(directory, changes, engine) for engine in ("ddp", "fsdp")]
+
+
+def test_bf16_is_near_and_keeps_the_residual_stream_in_float32(tmp_path):
+    """Near, not equal: gains of norms are rounded to 8 bits before they are gathered (2 ** -9 of 1)."""
+    changes = {**PAIR, **UNTIED, "train__precision": "bf16"}
+    (wanted, whole), (losses, dtypes) = on_ranks(both_in_half, tmp_path / "work", tmp_path, changes)[0]
+    assert losses == pytest.approx(wanted, rel=2e-3)
+    assert set(whole.values()) == {"torch.float32"}
+    assert dtypes == {
+        "stream": "torch.float32", "weight": "torch.bfloat16", "head": "torch.bfloat16", "gradient": "torch.float32",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- checkpoints and exports
@@ -199,6 +210,7 @@ def exported_logits(directory: Path, run: str) -> list[float]:
         return model(torch.arange(40)[None]).logits[0, -1].tolist()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_other_engine_and_other_ranks(tmp_path):
     """ddp on one process, fsdp on two, fsdp on four, ddp on one again: the losses and the model of one process all the way."""
     alone = trained(tmp_path, ALONE, "alone")
@@ -218,17 +230,16 @@ def poisoned(directory: Path, changes: dict[str, Any]) -> list[str]:
     recipe = sharded(directory, "run", changes)
     run = Run(recipe, make_world(recipe))
     run.one_step()
-    messages = []
-    layer = run.model.model.layers[1]
-    bad = float("nan") if run.world.rank == 1 else 1.0
+    mlp, rank, messages = run.model.model.layers[1].mlp, run.world.rank, []
 
-    def spoil_gradient(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        args[0].register_hook(lambda grad: grad * bad)
+    def spoil_gradient(weight: DTensor) -> None:
+        if rank == 1:
+            weight.grad.to_local().fill_(torch.nan)
 
     before = [p.detach().to_local().clone() for p in run.model.parameters()]
     for register, hook in (
-        (layer.mlp.register_forward_hook, lambda module, args, output: output * bad),
-        (layer.mlp.register_forward_pre_hook, spoil_gradient),
+        (mlp.register_forward_hook, lambda module, args, output: output * (torch.nan if rank == 1 else 1.0)),
+        (mlp.up_proj.weight.register_post_accumulate_grad_hook, spoil_gradient),
     ):
         handle = register(hook)
         try:
@@ -248,7 +259,7 @@ def test_a_nan_is_named_on_every_rank_and_changes_no_shard(tmp_path):
         loss, gradient = messages
         assert "step 2: the loss on rank(s) [" in loss and "is nan; nothing was updated" in loss
         assert "the gradient norm is nan (all losses are finite" in gradient
-        assert "first model.embed_tokens.weight" in gradient
+        assert "1 parameters are hit, first model.layers.1.mlp.up_proj.weight" in gradient
 
 
 def killed(directory: Path, changes: dict[str, Any], point: str) -> None:
@@ -299,4 +310,7 @@ def test_a_launch_file_with_an_engine_of_its_own_is_refused(tmp_path, monkeypatc
 
 
 def test_one_process_alone_has_nobody_to_share_with(tmp_path):
-    assert trained(tmp_path, {}, "fsdp") == trained(tmp_path, ALONE, "ddp")
+    run = Run(sharded(tmp_path, "run", {}), make_world(sharded(tmp_path, "run", {})))
+    run.one_step()
+    run.log.close()
+    assert not run.world.sharded and not any(isinstance(p, DTensor) for p in run.model.parameters())
