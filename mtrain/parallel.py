@@ -268,9 +268,9 @@ class World:
         whole = {}
         with self.waiting_for("the shards of all ranks"):
             for name, tensor in tensors.items():
-                full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+                full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.is_main:
-                    whole[name] = full
+                    whole[name] = full if full is tensor else full.cpu()
         return whole
 
     def as_held(self, value: Tensor, like: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ def test_doctor_reports_versions_backends_and_processes(
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "torch        " in printed and "MISSING" not in printed
+    assert "engines      ddp, fsdp (parallel.engine); DeepSpeed is not supported" in printed
     assert "reference yes" in printed and "quickstart" in printed
     assert {"gloo", "nccl"} == set(mtrain.comm.process_group_backends())
     monkeypatch.setattr("mtrain.commands.doctor.REQUIRED", ("torch", "no-such-package"))

@@ -19,6 +19,7 @@ from mtrain.recipe import Recipe
 from mtrain.state import model_tensors, optimizer_tensors
 from mtrain.trainer import Run, train
 from tests.mtrain.processes import run_processes
+from tests.mtrain.small_models import FAMILIES, model_of, tokens
 from tests.mtrain.tiny import tiny_recipe
 
 UNTIED = {"model__config__tie_word_embeddings": False}
@@ -154,6 +155,24 @@ def test_a_rank_holds_its_shard_and_the_layer_that_runs(tmp_path, tied):
             seen = result["whole"][f"layer {index}"]
             layer = {name for name in seen if name.startswith(f"model.layers.{index}.")}
             assert len(layer) == 12 and seen - layer == root
+
+
+def families(directory: Path, changes: dict[str, Any]) -> dict[str, tuple[bool, float]]:
+    """By family: whether every weight is sharded, and how far the logits are from those of whole weights."""
+    world, found = make_world(sharded(directory, "run", changes)), {}
+    for family in FAMILIES:
+        model = model_of(family)
+        with torch.no_grad():
+            wanted = model(tokens(1)).logits
+            world.prepare(model)
+            error = float((model(tokens(1)).logits - wanted).abs().max())
+        found[family] = all(isinstance(p, DTensor) for p in model.parameters()), error
+    return found
+
+
+def test_every_supported_family_is_split_into_units(tmp_path):
+    for found in on_ranks(families, tmp_path / "work", tmp_path, {"parallel__dp": 2}):
+        assert found == dict.fromkeys(FAMILIES, (True, 0.0))
 
 
 def half_precision(directory: Path, changes: dict[str, Any], engine: str) -> tuple[list[float], dict[str, str]]:
