@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from mtrain.checkpoint import list_checkpoints
+from mtrain.checkpoint import list_checkpoints, load_tensors
 from mtrain.errors import LaunchError
 from mtrain.metrics import read_lines
 from mtrain.parallel import make_accelerator, make_world
@@ -50,9 +50,12 @@ def trained(directory: Path, changes: dict[str, Any], run: str) -> list[float]:
     return [line["loss"] for line in read_lines(Path(summary["output"], "run.jsonl"))]
 
 
+def newest(directory: Path, run: str) -> Path:
+    return list_checkpoints(directory / run / "checkpoints")[-1]
+
+
 def files(directory: Path, run: str) -> dict[str, bytes]:
-    newest = list_checkpoints(directory / run / "checkpoints")[-1]
-    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+    return {path.name: path.read_bytes() for path in newest(directory, run).glob("*.safetensors")}
 
 
 # ----------------------------------------------------------------------------------------------------- equal to ddp
@@ -219,12 +222,18 @@ def test_resuming_is_bitwise_and_the_export_is_the_plain_model(tmp_path):
     assert halves == whole and len(whole) == 4
     state = files(tmp_path, "whole")
     assert files(tmp_path, "halves") == state and {"model.safetensors", "optimizer.safetensors"} <= state.keys()
-    assert exported_logits(tmp_path, "whole") == exported_logits(tmp_path, "halves")
+    exported, saved = load_export(tmp_path, "halves"), load_tensors(newest(tmp_path, "whole"), "model")
+    assert exported.config.architectures == ["Qwen2ForCausalLM"] and type(exported.lm_head) is torch.nn.Linear
+    assert exported.state_dict().keys() == saved.keys()
+    assert all(torch.equal(weight, saved[name]) for name, weight in exported.state_dict().items())
+
+
+def load_export(directory: Path, run: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory / run / "export")
 
 
 def exported_logits(directory: Path, run: str) -> list[float]:
-    model = AutoModelForCausalLM.from_pretrained(directory / run / "export")
-    assert model.config.architectures == ["Qwen2ForCausalLM"]
+    model = load_export(directory, run)
     with torch.no_grad():
         return model(torch.arange(40)[None]).logits[0, -1].tolist()
 
