@@ -21,7 +21,6 @@ extras = {
     # flash-attn needs the installed torch to build, so it cannot be an ordinary dependency. Where it is wanted:
     #   pip install flash-attn --no-build-isolation
     "gpu": ["triton>=3.4; platform_system == 'Linux'"],
-    "deepspeed": ["deepspeed>=0.18"],
     "eval": ["lm-eval>=0.4.9", "wonderwords>=3.0", "nltk>=3.9", "rouge-score>=0.1.2", "matplotlib>=3.8"],
     "plot": ["matplotlib>=3.8"],
     # Triton's interpreter and compiler need no GPU: the kernels are tested everywhere.

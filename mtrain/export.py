@@ -6,17 +6,25 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from mtrain.checkpoint import replace_directory, sync_directory
 from mtrain.state import model_tensors
 
 
-def export_model(model: nn.Module, tokenizer: Any, directory: Path, *, training: dict[str, Any] | None = None) -> Path:
+def export_model(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    training: dict[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write config.json (with the trained RoPE and length), safetensors, generation config and tokenizer; main process only.
 
     The directory appears complete or not at all; an earlier export of the same name is replaced at the end.
@@ -26,6 +34,7 @@ def export_model(model: nn.Module, tokenizer: Any, directory: Path, *, training:
         tokenizer: anything with ``save_pretrained``, or None.
         directory: where it goes.
         training: what to remember about the training, written to mtrain.json (name, steps, recipe).
+        tensors: the whole weights, as `mtrain.state.model_tensors` names them; default: the model's own.
 
     Returns:
         The directory.
@@ -33,7 +42,7 @@ def export_model(model: nn.Module, tokenizer: Any, directory: Path, *, training:
     temporary = directory.with_name(f".writing_{directory.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_plain(model, temporary)
+    save_plain(model, temporary, model_tensors(model) if tensors is None else tensors)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     if training is not None:
@@ -46,8 +55,8 @@ def export_model(model: nn.Module, tokenizer: Any, directory: Path, *, training:
     return directory
 
 
-def save_plain(model: Any, directory: Path) -> None:
-    """``save_pretrained`` with the model's own config left as it was and no trace of our attention in the saved one."""
+def save_plain(model: Any, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """``save_pretrained`` of whole tensors; the saved config, unlike the model's own, has no trace of our attention."""
     config = model.config
     plain = copy.deepcopy(config)
     plain._attn_implementation = None
@@ -56,7 +65,7 @@ def save_plain(model: Any, directory: Path) -> None:
     hf_logging.disable_progress_bar()  # it would tear the run's own
     try:
         model.config = plain
-        model.save_pretrained(directory, state_dict={name: t.cpu() for name, t in model_tensors(model).items()})
+        model.save_pretrained(directory, state_dict={name: t.cpu() for name, t in tensors.items()})
     finally:
         model.config = config
         if bars:

@@ -4,9 +4,10 @@ The only file that reads the environment (what torchrun and `accelerate launch` 
 training talks through torch.distributed. Rank = (dp_rank * outer + outer_index) * inner + inner_index, so a ring is a run of
 neighbouring ranks and its inner part stays inside a node.
 
-Where FSDP2 and ZeRO will go: `World.prepare` is the one place that wraps the model (today: DistributedDataParallel through
-Accelerate), `World.grad_divisor` is what its engine divides gradients by, `World.no_sync` is how it skips a reduction. The
-checkpoint already takes files from every rank (checkpoint.py), so a sharded engine adds a writer there, not a new format.
+Two gradient engines (parallel.engine): "ddp", every rank holds the whole model state (DistributedDataParallel through
+Accelerate); "fsdp", every rank holds 1/world_size of it (torch's `fully_shard`, FSDP2: https://arxiv.org/abs/2304.11277,
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Nobody else knows which: `World.prepare` hands the model
+over, `backward`, `no_sync` and `grad_norm` drive it, `gather_tensors` and `as_held` go from shards to whole tensors and back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mtrain.comm import ProcessRing, Ring, SingleRing, is_lost_peer
 from mtrain.errors import LaunchError, MtrainError
@@ -34,6 +38,13 @@ from mtrain.recipe import ParallelRecipe, Recipe
 from mtrain.topology import RingTopology
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# What `accelerate launch` sets for the other distributed types.
+_FOREIGN_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 
 
 def launched_world_size() -> int:
@@ -85,8 +96,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Mixed precision stays with the trainer (torch.autocast): the recipe decides it, not the launch file.
 
     Raises:
-        LaunchError: the number of processes does not fit the recipe, or Accelerate did not see all of them.
+        LaunchError: the launch file asks for an engine of its own, the number of processes does not fit the recipe, or Accelerate
+            did not see all of them.
     """
+    _refuse_foreign_engines()
     world_size = launched_world_size()
     check_world_size(recipe.parallel, world_size)
     timeout = timedelta(seconds=recipe.parallel.timeout_s)
@@ -105,6 +118,17 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "`distributed_type: MULTI_GPU` in the launch file as recipes/accelerate/cpu_2.yaml does"
         )
     return accelerator
+
+
+def _refuse_foreign_engines() -> None:
+    """A launch file's engine would be started beside ours, or ignored without a word."""
+    for variable, name in _FOREIGN_ENGINES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise LaunchError(
+                f"the launch file asks Accelerate for {name}, but who holds which part of the model is the recipe's to say: put "
+                "distributed_type: MULTI_GPU into the launch file, as recipes/accelerate/gpu_8.yaml does, and parallel.engine=fsdp "
+                "(sharded, FSDP2) or ddp into the recipe; DeepSpeed is not supported"
+            )
 
 
 def _init_process_group(world_size: int, timeout: timedelta) -> None:
@@ -152,12 +176,14 @@ class World:
         dp: data-parallel replicas of the ring.
         dp_rank: which replica this process belongs to.
         ring: the sequence-parallel ring this process computes attention on.
+        engine: "ddp" or "fsdp" (parallel.engine).
     """
 
     accelerator: Accelerator
     dp: int
     dp_rank: int
     ring: Ring
+    engine: str = "ddp"
 
     @property
     def rank(self) -> int:
@@ -185,14 +211,34 @@ class World:
         """Ranks the gradient engine averages over: a loss s / N must be multiplied by it (design: the loss rule)."""
         return self.world_size
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Place the model on the device and wrap it for gradient reduction. The seam for FSDP2 and ZeRO."""
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank holds only its part of the model state (one process alone has nobody to share it with)."""
+        return self.engine == "fsdp" and self.world_size > 1
+
+    def prepare(self, model: nn.Module, precision: str = "fp32") -> nn.Module:
+        """Place the model on the device and hand it to the gradient engine.
+
+        Args:
+            model: with the same values on every rank; attention and loss head are in place. For "fsdp" a transformers causal
+                language model, whose parameters become shards in place: make the optimizer afterwards.
+            precision: "fp32" or "bf16" (train.precision): in which dtype "fsdp" gathers weights.
+
+        Returns:
+            What to call; the model itself is what to look into.
+        """
         with self.waiting_for("all ranks to register the model with the gradient engine"):
+            if self.sharded:
+                _shard(model, self.device, precision)
+                return model
             prepared: nn.Module = self.accelerator.prepare_model(model)
             return prepared
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Inside it, backward only accumulates gradients locally (every micro-batch but the last)."""
+        """Inside it, backward need not reduce gradients (every micro-batch but the last); "fsdp" does all the same: whole
+        float32 gradients kept from one micro-batch to the next are what a rank has no room for."""
+        if self.sharded:
+            return contextlib.nullcontext()
         context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
         return context
 
@@ -201,8 +247,37 @@ class World:
         self.accelerator.backward(loss)
 
     def grad_norm(self, model: nn.Module) -> Tensor:
-        """Global norm of the (already averaged) gradients; a sharded engine adds its sum over shards here."""
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        """Global norm of the (already averaged) gradients, the same on every rank."""
+        norm = torch.nn.utils.get_total_norm([_own(p.grad) for p in model.parameters() if p.grad is not None])
+        if self.sharded:  # squared in double: a norm that float32 holds must not overflow on the way
+            norm = self.all_reduce(norm.double().square(), what="the gradient norm").sqrt().to(norm.dtype)
+        return norm
+
+    def bad_gradients(self, model: nn.Module) -> list[str]:
+        """Names of the parameters whose gradient is not finite on some rank."""
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        mine = [name for name, grad in grads.items() if not bool(_own(grad).isfinite().all())]
+        found = {name for names in self.gather_json(mine, what="the names of bad gradients") for name in names}
+        return [name for name in grads if name in found]
+
+    def gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors on the main process, nothing elsewhere; every rank calls it with the same names.
+
+        Shards are put together one tensor at a time and kept in the main process's host memory.
+        """
+        whole = {}
+        with self.waiting_for("the shards of all ranks"):
+            for name, tensor in tensors.items():
+                full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if self.is_main:
+                    whole[name] = full if full is tensor else full.cpu()
+        return whole
+
+    def as_held(self, value: Tensor, like: Tensor) -> Tensor:
+        """A whole ``value`` as ``like`` is held: on its device, and if that is sharded only this rank's part, without the rest."""
+        if not isinstance(like, DTensor) or value.shape != like.shape:  # a count of steps has no shards
+            return value.to(like.device)
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
     def all_reduce(self, x: Tensor, op: str = "sum", *, what: str = "an all-reduce") -> Tensor:
         """A new tensor: ``x`` combined over all ranks by "sum", "max" or "min"."""
@@ -334,10 +409,42 @@ def make_world(recipe: Recipe) -> World:
         ring = SingleRing()
     else:
         ring = ProcessRing.create(topology, timedelta(seconds=parallel.timeout_s))
-    world = World(accelerator, parallel.dp, dp_rank, ring)
+    world = World(accelerator, parallel.dp, dp_rank, ring, parallel.engine)
     world.require_same("the torch version", torch.__version__)
     world.require_same("the recipe", json.dumps(recipe.to_dict(), sort_keys=True))
     return world
+
+
+def _shard(model: Any, device: torch.device, precision: str) -> None:
+    """FSDP2 over all processes, on one flat mesh: every parameter is split along its first dimension, gathered when its unit runs
+    and freed after, forward and backward. A unit is a decoder layer, the input embedding, or final norm and head; tied embeddings
+    stay with the root, whose forward spans both uses. Units go to the device one by one, so it never holds the whole model.
+
+    With "bf16" weights are rounded before they are gathered, not after: half the bytes, and the operands that autocast would make.
+    The input embedding (tied ones too) stays as it is, for a residual stream in float32 as under DDP, so only the gains of norms
+    are rounded where DDP would not. Gradients are reduced in float32.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+
+    def unit(modules: Any, gathered: torch.dtype | None = None) -> None:
+        # Inputs are left to autocast: RoPE's cosines would not survive 512K positions in bfloat16.
+        policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Freed after forward also where that is not the default, the root: a forward without a backward leaves nothing whole.
+        fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+    rounded = torch.bfloat16 if precision == "bf16" else None
+    decoder, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+    for layer in decoder.layers:
+        unit(layer, rounded)
+    if head.weight is not embedding.weight:
+        unit(embedding)
+        unit([decoder.norm, head], rounded)
+    unit(model)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fingerprint(value: str | bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +35,19 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _on_device(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.device)
+
+
+def load_model_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], place: Callable[[Tensor, Tensor], Tensor] = _on_device
+) -> None:
     """Copy saved values into a model's own tensors.
+
+    Args:
+        model: whose tensors they become.
+        tensors: whole tensors by name.
+        place: (whole tensor, the model's own) -> what is kept here of the first one, such as `World.as_held`.
 
     Raises:
         CheckpointError: another model's: names the first key or shape that differs.
@@ -47,7 +58,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     )
     with torch.no_grad():
         for name, tensor in mine.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(place(tensors[name], tensor))
 
 
 def require_same_shapes(mine: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]]) -> None:
@@ -75,8 +86,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return named
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`.
+def load_optimizer_tensors(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    place: Callable[[Tensor, Tensor], Tensor] = _on_device,
+) -> None:
+    """Inverse of `optimizer_tensors`, with whole tensors; ``place`` as in `load_model_tensors`, beside the parameter.
 
     Raises:
         CheckpointError: the state names parameters that this model does not train, or leaves some out.
@@ -94,7 +110,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         raise CheckpointError(f"the optimizer state has nothing for the trained parameter {missing[0]!r}")
     for name, entries in state.items():
         parameter = parameters[name]
-        optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in entries.items()}
+        optimizer.state[parameter] = {key: place(tensor, parameter) for key, tensor in entries.items()}
 
 
 def config_fingerprint(config: Any) -> dict[str, Any]:

@@ -159,7 +159,8 @@ class Stepper:
             self.context.measure_recall = measure_recall and last
             self.context.begin(shard.doc_start, step=step)
             with contextlib.nullcontext() if last else self.world.no_sync(self.model):
-                loss_sum = self.forward(shard)
+                with self.world.waiting_for(f"the weights of step {step + 1}"):
+                    loss_sum = self.forward(shard)
                 with self.world.waiting_for(f"the gradients of step {step + 1}"):
                     self.world.backward(scaled_loss(loss_sum, targets, self.world.grad_divisor))
             if self.rebalancer is not None:
@@ -194,9 +195,7 @@ class Stepper:
             )
 
     def _bad_gradient(self, grad_norm: float, step: int) -> str:
-        names = [
-            n for n, p in self.model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())
-        ]
+        names = self.world.bad_gradients(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         return (
             f"step {step + 1}: the gradient norm is {grad_norm:g} (all losses are finite; {len(names)} parameters are hit, first "

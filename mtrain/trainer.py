@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, cast
 
 from accelerate.utils import set_seed
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from mtrain.checkpoint import Checkpointer, load_state, load_tensors
@@ -179,7 +180,7 @@ class Run:
         self.context = cast(RingContext, self.model.mtrain_context)
         if train.activation_checkpointing:
             enable_activation_checkpointing(self.model)
-        prepared = self.world.prepare(self.model)
+        prepared = self.world.prepare(self.model, train.precision)
         self.optimizer = make_adamw(
             self.model, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
@@ -294,9 +295,10 @@ class Run:
         # Patterns that are kept over steps belong to the rows of one ring, so each ring's first rank brings its own.
         if world.ring.rank == 0 and (kept := self.context.plan.state_dict()):
             tensors[f"patterns_{world.dp_rank}"] = kept
+        model = world.gather_tensors(model_tensors(self.model))
+        optimizer = world.gather_tensors(optimizer_tensors(self.model, self.optimizer))
         if world.is_main:
-            tensors["model"] = model_tensors(self.model)
-            tensors["optimizer"] = optimizer_tensors(self.model, self.optimizer)
+            tensors |= {"model": model, "optimizer": optimizer}
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -321,8 +323,8 @@ class Run:
         state = load_state(path)
         try:
             require_same_config(config_fingerprint(self.model.config), state["config"])
-            load_model_tensors(self.model, load_tensors(path, "model"))
-            load_optimizer_tensors(self.model, self.optimizer, load_tensors(path, "optimizer"))
+            load_model_tensors(self.model, load_tensors(path, "model"), self.world.as_held)
+            load_optimizer_tensors(self.model, self.optimizer, load_tensors(path, "optimizer"), self.world.as_held)
         except CheckpointError as error:
             raise CheckpointError(f"cannot resume from {path}: {error}") from None
         changed = [
@@ -343,16 +345,17 @@ class Run:
     def export(self) -> Path:
         """The model as a plain Hugging Face directory, <output>/export; on every rank when it is there."""
         directory = self.output / "export"
+        tensors = self.world.gather_tensors(model_tensors(self.model))
         self.world.together(
-            "the main process to export the model", lambda: self._export(directory), error=CheckpointError
+            "the main process to export the model", lambda: self._export(directory, tensors), error=CheckpointError
         )
         self.log.say(f"finished {self.step} steps; the model is in {directory}")
         return directory
 
-    def _export(self, directory: Path) -> None:
+    def _export(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         if self.world.is_main:
             training = {"step": self.step, "tokens": self.tokens, "recipe": self.recipe.to_dict()}
-            export_model(self.model, self.tokenizer, directory, training=training)
+            export_model(self.model, self.tokenizer, directory, training=training, tensors=tensors)
 
 
 def enable_activation_checkpointing(model: Any) -> None:

@@ -27,7 +27,7 @@ READS_ENVIRONMENT = {"mtrain/parallel.py"}
 # Imported inside the function that needs them; kernels written in Triton have a folder of their own.
 # The subclass of lm-eval's model needs its base when it is defined; nothing imports that folder but who wants lm-eval.
 LM_EVAL_HOME = "eval/mtrain_eval/harness/"
-OPTIONAL = {"triton", "flash_attn", "deepspeed", "lm_eval", "matplotlib", "datasets", "tensorboard"}
+OPTIONAL = {"triton", "flash_attn", "lm_eval", "matplotlib", "datasets", "tensorboard"}
 TRITON_HOME = "sparse_kernels/gpu/"
 
 MAX_FILE_LINES = 500

@@ -20,7 +20,7 @@ REQUIRED = (
     "PyYAML",
     "tensorboard",
 )
-OPTIONAL = ("triton", "flash-attn", "deepspeed", "lm-eval", "matplotlib")
+OPTIONAL = ("triton", "flash-attn", "lm-eval", "matplotlib")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +73,7 @@ def _machine() -> None:
         "processes    "
         + ", ".join(f"{name} {'usable' if reason is None else reason}" for name, reason in usable.items())
     )
+    print("engines      ddp, fsdp (parallel.engine); DeepSpeed is not supported")
 
 
 def _backends() -> None:

@@ -10,7 +10,7 @@ import argparse
 import yaml
 
 from mtrain.cli import add_recipe_arguments, split_words
-from mtrain.recipe import Recipe, load_recipe
+from mtrain.recipe import ParallelRecipe, Recipe, load_recipe
 from mtrain.recipe.advice import warnings
 
 
@@ -42,6 +42,7 @@ def derived(recipe: Recipe) -> dict[str, str]:
     padding = layout.padded_len - train.seq_len
     return {
         "processes": f"{parallel.world_size} = dp {parallel.dp} x outer {parallel.outer} x inner {parallel.inner}",
+        "model state per rank": _model_state(parallel),
         "layout": f"{attention.layout}, {layout.num_blocks} blocks of {attention.block} tokens",
         "tokens per rank": f"{layout.local_len:,} of {train.seq_len:,}"
         + (f" (+ {padding} padding)" if padding else ""),
@@ -52,6 +53,11 @@ def derived(recipe: Recipe) -> dict[str, str]:
         "held out": _held_out(recipe),
         "output": recipe.output,
     }
+
+
+def _model_state(parallel: ParallelRecipe) -> str:
+    share = f"1/{parallel.world_size} of" if parallel.engine == "fsdp" else "all"
+    return f"{parallel.engine}: {share} weights, gradients and AdamW moments"
 
 
 def _mix(recipe: Recipe) -> list[str]:

@@ -22,6 +22,8 @@ def warnings(recipe: Recipe) -> list[str]:
         found.append(
             "contiguous layout: causal attention leaves the first rank nearly idle; striped or balanced spread the work"
         )
+    if recipe.parallel.engine == "fsdp" and recipe.parallel.world_size == 1:
+        found.append("parallel.engine=fsdp: one process alone holds everything, as with ddp")
     limit = (recipe.model.config or {}).get("max_position_embeddings")
     limit = recipe.model.max_position_embeddings or limit
     if isinstance(limit, int) and limit < train.seq_len:

@@ -140,6 +140,7 @@ class ParallelRecipe:
     dp: int = 1
     outer: int = 1
     inner: int = 1
+    engine: Literal["ddp", "fsdp"] = "ddp"  # each rank holds all weights, gradients and AdamW moments, or 1/world_size
     timeout_s: float = 600.0  # a peer that is silent for so long is lost, and the run ends
 
     def __post_init__(self) -> None:

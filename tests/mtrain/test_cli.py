@@ -76,6 +76,7 @@ def test_train_hands_over_the_recipe(trained: list[Recipe], plain: str) -> None:
         (["train", "quickstart", "second.yaml"], "got 'second.yaml'"),
         (["train", "quickstart", "train.lr=fast"], "must be a number (1e-5 is fine); got fast"),
         (["train", "quickstart", "--fast"], "unrecognized arguments: --fast (see mtrain --help)"),
+        (["train", "quickstart", "parallel.engine=zero"], "parallel.engine must be one of ddp, fsdp; got zero"),
         (["inspect", "quickstart", "seed=-1"], "seed: must be at least 0, got -1"),
         (["trian", "quickstart"], "unknown command 'trian'; did you mean 'train'?"),
         (["launch"], "unknown command 'launch'; commands: train, "),
@@ -132,6 +133,9 @@ def test_inspect_prints_a_recipe_that_loads_again(
     (tmp_path / "again.yaml").write_text(printed)
     assert load_recipe(tmp_path / "again.yaml") == recipe
     assert "# processes               3 = dp 1 x outer 1 x inner 3" in printed
+    assert "# model state per rank    ddp: all weights, gradients and AdamW moments" in printed
+    assert main(["inspect", plain, "parallel.inner=3", "parallel.engine=fsdp"]) == 0
+    assert "fsdp: 1/3 of weights, gradients and AdamW moments" in capsys.readouterr().out
     assert "384 of 1,000 (+ 152 padding)" in printed  # 16 blocks of 64 over 3 ranks: 6 each
     assert "# warning: max_position_embeddings 512 is below train.seq_len 1000" in printed
 
@@ -156,6 +160,9 @@ def test_warnings(plain: str) -> None:
             (found,) = warnings(load_recipe(plain, [words]))
             assert f"attention.budget.{name}: {pattern} computes everything at 512 tokens" in found
     assert warnings(load_recipe(plain, ["attention.budget={kind: topk, columns: 511, slashes: 511}"])) == []
+    assert warnings(load_recipe(plain, ["parallel={engine: fsdp, inner: 2}"])) == []
+    (found,) = warnings(load_recipe(plain, ["parallel.engine=fsdp"]))
+    assert found == "parallel.engine=fsdp: one process alone holds everything, as with ddp"
     found = warnings(load_recipe(plain, ["attention.pattern=xattention", "train.seq_len=512K"]))
     assert any("table of 8192 x 8192 blocks" in warning for warning in found)
 
@@ -181,6 +188,7 @@ def test_doctor_reports_versions_backends_and_processes(
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "torch        " in printed and "MISSING" not in printed
+    assert "engines      ddp, fsdp (parallel.engine); DeepSpeed is not supported" in printed
     assert "reference yes" in printed and "quickstart" in printed
     assert {"gloo", "nccl"} == set(mtrain.comm.process_group_backends())
     monkeypatch.setattr("mtrain.commands.doctor.REQUIRED", ("torch", "no-such-package"))
