@@ -11,6 +11,7 @@ import triton.language as tl
 
 from sparse_kernels.gpu.structured import (
     column_keep,
+    column_state,
     key_gradient,
     load_lse2,
     load_rows,
@@ -67,7 +68,7 @@ def dq_kernel(
     q_blocks, num_heads, num_entries, num_columns, num_blocks, seq_len, scale, scale2,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DOCS: tl.constexpr,
-    LISTED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    LISTED: tl.constexpr, SPREAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile of one head. Grid and order as in `forward_kernel`."""
     pid, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -114,13 +115,19 @@ def dq_kernel(
 
     if HAS_COLUMNS:
         first_column, last_column = tl.load(ranges + index * 2), tl.load(ranges + index * 2 + 1)
-        for start in range(first_column, last_column, BN):
-            lane = start + tl.arange(0, BN)
-            column = bh * num_columns + tl.minimum(lane, last_column - 1)
-            k_rows = tl.load(column_rows + column)
-            keep = column_keep(
-                positions, covered + bh * num_blocks, column, lane < last_column, q_id, doc, PB, HAS_DOCS
-            )
+        covered += bh * num_blocks
+        positions += bh * num_columns
+        column_rows += bh * num_columns
+        lane = first_column + tl.arange(0, BN)
+        last = tl.maximum(last_column - 1, 0)
+        next_rows = tl.load(column_rows + tl.minimum(lane, last))
+        place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
+        for _ in range(first_column, last_column, BN):
+            k_rows = next_rows
+            keep = column_keep(place, wanted, doc, HAS_DOCS)
+            lane += BN
+            next_rows = tl.load(column_rows + tl.minimum(lane, last))
+            place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
             keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
             values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
             acc = row_gradient(acc, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)
