@@ -12,6 +12,8 @@ import triton.language as tl
 from sparse_kernels.gpu.structured import (
     column_keep,
     column_state,
+    entry_after,
+    first_entry,
     key_gradient,
     load_lse2,
     load_rows,
@@ -45,9 +47,10 @@ def gradient_of_rows(
 ):  # fmt: skip
     """Steps [begin, end) of a query tile, as in `attend_tiles`."""
     key = tl.arange(0, BN)
+    entry = first_entry(entries, begin, end, PB // BN)
     for step in range(begin, end):
-        entry = tl.load(entries + step // (PB // BN))
-        k_slot = entry if LISTED else q_slot - entry
+        here, entry = entry, entry_after(entries, step, end, PB // BN)
+        k_slot = here if LISTED else q_slot - here
         k_inner = (step % (PB // BN)) * BN + key
         k_first = k_slot.to(tl.int64) * PB
         live = k_inner < seq_len - q_id * PB
@@ -150,9 +153,11 @@ def gradient_of_keys(
     """
     inner = tl.arange(0, BM)
     subs = PB // BM - first_sub
+    entry = tl.load(entries + begin, mask=begin < end, other=0)
     for step in range(begin * subs, end * subs):
-        entry = tl.load(entries + step // subs)
-        q_slot = entry if LISTED else k_slot + entry
+        here = entry
+        entry = tl.load(entries + tl.minimum((step + 1) // subs, end - 1))
+        q_slot = here if LISTED else k_slot + here
         q_inner = (first_sub + step % subs) * BM + inner
         first = q_slot.to(tl.int64) * PB
         live = q_inner < tl.where(q_slot == tail_slot, tail_rows, PB)

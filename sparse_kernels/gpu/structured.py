@@ -159,6 +159,22 @@ def tile_keep(
 
 
 @triton.jit
+def first_entry(entries, begin, end, SUB: tl.constexpr):
+    """The entry of step ``begin`` in a list of which each serves SUB steps; anything where there are no steps."""
+    return tl.load(entries + begin // SUB, mask=begin < end, other=0)
+
+
+@triton.jit
+def entry_after(entries, step, end, SUB: tl.constexpr):
+    """The entry of the next step, or of the last one.
+
+    Loops read a step ahead because the compiler counts the load of an address as a stage of its own: tiles whose address was loaded
+    in the same step are asked for at its end and awaited at once, instead of num_stages - 1 steps later.
+    """
+    return tl.load(entries + tl.minimum(step + 1, end - 1) // SUB)
+
+
+@triton.jit
 def attend_tiles(
     acc, total, top, q, k, v, k_row, v_row, entries, begin, end, q_slot, q_id, k_ids, position, doc, seq_len, scale2,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_DOCS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr,
@@ -166,9 +182,10 @@ def attend_tiles(
 ):  # fmt: skip
     """Steps [begin, end) of a query tile; one step is one of the PB / BN key tiles of an entry."""
     key = tl.arange(0, BN)
+    entry = first_entry(entries, begin, end, PB // BN)
     for step in range(begin, end):
-        entry = tl.load(entries + step // (PB // BN))
-        k_slot = entry if LISTED else q_slot - entry
+        here, entry = entry, entry_after(entries, step, end, PB // BN)
+        k_slot = here if LISTED else q_slot - here
         k_inner = (step % (PB // BN)) * BN + key
         k_first = k_slot.to(tl.int64) * PB
         live = k_inner < seq_len - q_id * PB  # asked for the diagonal tile only, which may hold padding
