@@ -64,20 +64,21 @@ def _attend(q, k, v, keep, acc, high, total, scale2, MASKED: tl.constexpr, PRECI
 
 
 @triton.jit
-def _covered(offsets, blocks, bh, blocks_base, q_id, key_block, live, blocks_sk, num_blocks, HAS_BLOCKS: tl.constexpr):
-    """Does the block part of query block ``q_id`` already hold these key blocks?"""
+def _covered(offsets, bits, bh, q_id, key_block, live, num_blocks, HAS_BLOCKS: tl.constexpr):
+    """Does the block part of query block ``q_id``, whose row of single blocks is ``bits``, already hold these key blocks?"""
     there = tl.load(offsets + bh * num_blocks + (q_id - key_block), mask=live, other=0) != 0
     if HAS_BLOCKS:
-        there = there | (tl.load(blocks_base + key_block.to(tl.int64) * blocks_sk, mask=live, other=0) != 0)
+        byte = tl.load(bits + key_block // 8, mask=live, other=0).to(tl.int32)
+        there = there | (((byte >> (key_block % 8)) & 1) != 0)
     return there
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_q", "num_blocks", "room", "width"])
 def forward_kernel(
     q, k, v, out, lse, carry_out, carry_lse, doc_start,
-    q_ids, k_ids, diagonal, start, count, entries, offsets, blocks, column_position, column_row, column_before,
+    q_ids, k_ids, diagonal, start, count, entries, offsets, bits, bits_row, column_position, column_row, column_before,
     scale2, heads, group, seq_len, num_q, num_blocks, room, width,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, bits_sb, bits_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr,
     HAS_CARRY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -132,16 +133,14 @@ def forward_kernel(
                 keep = (tl.load(k_ids + far) * BLOCK + at)[None, :] >= low[:, None]
             acc, high, total = _attend(q_tile, k_tile, v_tile, keep, acc, high, total, scale2, HAS_DOC, PRECISION)
     if HAS_COLUMNS:
-        blocks_base = blocks + b * blocks_sb + h * blocks_sh + q_id.to(tl.int64) * blocks_sq
+        row_bits = bits + b * bits_sb + h * bits_sh + tl.load(bits_row + slot) if HAS_BLOCKS else bits
         number = tl.load(column_before + bh * num_q + slot)
         for first in range(0, number, BLOCK_N):
             at = first + n
             key = tl.load(column_position + bh * width + at, mask=at < number, other=0)
             row = tl.load(column_row + bh * width + at, mask=at < number, other=-1)
             live = row >= 0
-            live = live & ~_covered(
-                offsets, blocks, bh, blocks_base, q_id, key // BLOCK, live, blocks_sk, num_blocks, HAS_BLOCKS
-            )
+            live = live & ~_covered(offsets, row_bits, bh, q_id, key // BLOCK, live, num_blocks, HAS_BLOCKS)
             k_tile = _load_rows(k_base, row, k_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
             v_tile = _load_rows(v_base, row, v_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
             keep = live[None, :] & (key[None, :] >= low[:, None])
@@ -206,9 +205,9 @@ def _row_gradient(q, do, k, v, keep, lse2, delta, dq, scale2, MASKED: tl.constex
 @triton.jit(do_not_specialize=["seq_len", "num_q", "num_blocks", "room", "width"])
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, doc_start,
-    q_ids, k_ids, diagonal, start, count, entries, offsets, blocks, column_position, column_row, column_before,
+    q_ids, k_ids, diagonal, start, count, entries, offsets, bits, bits_row, column_position, column_row, column_before,
     scale2, scale, heads, group, seq_len, num_q, num_blocks, room, width,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, bits_sb, bits_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -255,16 +254,14 @@ def dq_kernel(
                 keep = (tl.load(k_ids + far) * BLOCK + at)[None, :] >= low[:, None]
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, HAS_DOC, PRECISION)
     if HAS_COLUMNS:
-        blocks_base = blocks + b * blocks_sb + h * blocks_sh + q_id.to(tl.int64) * blocks_sq
+        row_bits = bits + b * bits_sb + h * bits_sh + tl.load(bits_row + slot) if HAS_BLOCKS else bits
         number = tl.load(column_before + bh * num_q + slot)
         for first in range(0, number, BLOCK_N):
             at = first + n
             key = tl.load(column_position + bh * width + at, mask=at < number, other=0)
             row = tl.load(column_row + bh * width + at, mask=at < number, other=-1)
             live = row >= 0
-            live = live & ~_covered(
-                offsets, blocks, bh, blocks_base, q_id, key // BLOCK, live, blocks_sk, num_blocks, HAS_BLOCKS
-            )
+            live = live & ~_covered(offsets, row_bits, bh, q_id, key // BLOCK, live, num_blocks, HAS_BLOCKS)
             k_tile = _load_rows(k_base, row, k_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
             v_tile = _load_rows(v_base, row, v_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
             keep = live[None, :] & (key[None, :] >= low[:, None])
@@ -357,9 +354,9 @@ def dkdv_kernel(
 @triton.jit(do_not_specialize=["seq_len", "num_q", "num_live", "num_blocks", "width", "first_column", "held"])
 def column_kernel(
     q, k, v, dout, lse, delta, dk, dv, doc_start,
-    q_ids, order, offsets, blocks, column_position, column_row, column_first,
+    q_ids, order, offsets, bits, bits_row, column_position, column_row, column_first,
     scale2, scale, heads, group, seq_len, num_q, num_live, num_blocks, width, first_column, held,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, bits_sb, bits_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -385,10 +382,8 @@ def column_kernel(
         slot = tl.load(order + step // SUB_M)
         q_id = tl.load(q_ids + slot)
         live = there & (position < q_id * BLOCK)
-        blocks_base = blocks + b * blocks_sb + h * blocks_sh + q_id.to(tl.int64) * blocks_sq
-        live = live & ~_covered(
-            offsets, blocks, bh, blocks_base, q_id, position // BLOCK, live, blocks_sk, num_blocks, HAS_BLOCKS
-        )
+        row_bits = bits + b * bits_sb + h * bits_sh + tl.load(bits_row + slot) if HAS_BLOCKS else bits
+        live = live & ~_covered(offsets, row_bits, bh, q_id, position // BLOCK, live, num_blocks, HAS_BLOCKS)
         here = slot * BLOCK + (step % SUB_M) * BLOCK_M + m
         q_tile, do, lse2, d = _load_queries(
             q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss,

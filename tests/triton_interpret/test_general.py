@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_kernels import ShardView, SparsePattern, reference_attention
 from sparse_kernels.gpu import general
 from sparse_kernels.gpu.config import Tile
-from sparse_kernels.gpu.lists import build_index
+from sparse_kernels.gpu.lists import index_of
 from sparse_kernels.pattern import pad_doc_start
 from sparse_kernels.reference_backend import ReferenceBackend
 from sparse_kernels.view import block_positions
@@ -169,10 +169,11 @@ def test_lists_hold_the_tiles_of_the_mask(documents: float) -> None:
     number = case.pattern.num_blocks
     queries, keys = (torch.randperm(number + 4, generator=generator)[:15] for _ in range(2))
     view = ShardView(case.pattern, queries, k_blocks=keys, doc_start=documents_of(case, shard(case, queries)))
-    index = build_index(view, torch.device("cpu"))
+    index = index_of(view, torch.device("cpu"))
+    rows, cols = index.tiles(by_column=False), index.tiles(by_column=True)
     mask = view.mask().unflatten(2, (-1, 16)).unflatten(4, (-1, 16)).any(5).any(3)  # tiles that hold a pair
     chosen = case.pattern.block_mask(queries, keys)
-    for lists, needed, allowed in ((index.rows, mask, chosen), (index.cols, mask.mT, chosen.mT)):
+    for lists, needed, allowed in ((rows, mask, chosen), (cols, mask.mT, chosen.mT)):
         for b in range(2):
             for h in range(case.pattern.heads):
                 for own in range(15):
