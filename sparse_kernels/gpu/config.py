@@ -25,6 +25,11 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def spread(self) -> int:
+        """Threads of a program for each key row of the tile."""
+        return max(1, 32 * self.warps // self.n)
+
     def within(self, block: int) -> Tile:
         """The same shape cut so that a tile lies inside one pattern block."""
         return Tile(min(self.m, block), min(self.n, block), self.warps, self.stages)

@@ -39,7 +39,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
                 call.q, call.k, call.v, out, lse, carry_out, carry_lse, *call.row_arguments(),
                 call.scale2, call.heads, call.group, call.seq_len, call.num_q, call.num_blocks, call.room,
                 call.width, *call.strides(), *call.bit_strides(),
-                HAS_CARRY=carry is not None, **call.flags(), **call.launch(tiles),
+                HAS_CARRY=carry is not None, SPREAD=tiles.spread, **call.flags(), **call.launch(tiles),
             )  # fmt: skip
         return out, lse
 
@@ -85,7 +85,7 @@ class _Gradient:
             kernels.dq_kernel[call.query_grid(tiles)](
                 call.q, call.k, call.v, self.dout, self.lse, self.delta, dq, *call.row_arguments(),
                 call.scale2, self.scale, call.heads, call.group, call.seq_len, call.num_q, call.num_blocks, call.room, call.width,
-                *call.strides(self.dout), *call.bit_strides(), **call.flags(), **call.launch(tiles),
+                *call.strides(self.dout), *call.bit_strides(), SPREAD=tiles.spread, **call.flags(), **call.launch(tiles),
             )  # fmt: skip
         return dq
 

@@ -130,7 +130,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
         start(
             kernels_forward.forward_kernel, grid,
             q=q, k=k, v=v, out=out, lse=lse, carry_out=carry_out, carry_lse=carry_lse, scale2=scale * LOG2E,
-            HAS_CARRY=carry is not None, SPREAD=_spread(tile),
+            HAS_CARRY=carry is not None, SPREAD=tile.spread,
             **call.query_arguments(), **_strides(q=q, k=k, v=v), **call.constants(tile),
         )  # fmt: skip
     return out, lse
@@ -205,7 +205,7 @@ def _query_gradient(
     start(
         kernels_backward.dq_kernel, grid,
         q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dq=dq, scale=scale, scale2=scale * LOG2E,
-        SPREAD=_spread(tile),
+        SPREAD=tile.spread,
         **call.query_arguments(), **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
     )  # fmt: skip
     return dq
@@ -301,11 +301,6 @@ def column_splits(call: Call, tiles: int, slots: int) -> int:
     """Into how many runs the queries of a column tile are split: enough programs, not too many bytes of partial sums."""
     wanted = -(-COLUMN_PROGRAMS // (tiles * call.heads * call.batch))
     return max(1, min(wanted, call.index.num_real_q, PARTIAL_BYTES // partial_bytes(call, slots)))
-
-
-def _spread(tile: Tile) -> int:
-    """Threads of a program for each column of a tile."""
-    return max(1, 32 * tile.warps // tile.n)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
