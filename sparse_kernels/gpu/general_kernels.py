@@ -355,6 +355,7 @@ def dkdv_kernel(
     q_slot = tl.load(diagonal + slot)
     begin = part * BLOCK_N // BLOCK_M
     near = tl.where(q_slot < 0, begin, SUB_M)
+    left = seq_len - tl.load(q_ids + tl.maximum(q_slot, 0)) * BLOCK
     for g in range(group):
         h = kv * group + g
         bh = b * heads + h
@@ -362,7 +363,7 @@ def dkdv_kernel(
         for sub in range(begin, near):
             at = sub * BLOCK_M + m
             here = q_slot * BLOCK + at
-            live = at < seq_len - tl.load(q_ids + q_slot) * BLOCK
+            live = at < left
             q_tile, do, lse2, d = _load_queries(
                 q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss, live,
                 HEAD_DIM, BLOCK_D, TAIL, UPCAST)  # fmt: skip
@@ -375,13 +376,16 @@ def dkdv_kernel(
         list_base = entries + bh * room + tl.load(start + slot)
         steps = tl.load(count + bh * num_k + slot) * SUB_M
         following = first_entry(list_base, 0, steps, SUB_M).to(tl.int32)
+        following_id = tl.load(q_ids + following) if TAIL else 0
         for step in range(steps):
-            far, following = following, entry_after(list_base, step, steps, SUB_M).to(tl.int32)
+            far, far_id = following, following_id
+            following = entry_after(list_base, step, steps, SUB_M).to(tl.int32)
+            following_id = tl.load(q_ids + following) if TAIL else 0
             at = (step % SUB_M) * BLOCK_M + m
             here = far * BLOCK + at
             live = at >= 0
             if TAIL:
-                live = at < seq_len - tl.load(q_ids + far) * BLOCK
+                live = at < seq_len - far_id * BLOCK
             q_tile, do, lse2, d = _load_queries(
                 q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss, live,
                 HEAD_DIM, BLOCK_D, TAIL, UPCAST)  # fmt: skip
