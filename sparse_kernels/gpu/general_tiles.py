@@ -34,12 +34,12 @@ _DQ: dict[Key, Tile] = {
     (HOPPER, 128, 4): Tile(16, 16, 8, 1),
 }
 _DKDV: dict[Key, Tile] = {
-    (AMPERE, 64, 2): Tile(32, 64, 8, 2),
+    (AMPERE, 64, 2): Tile(32, 64, 4, 3),
     (AMPERE, 128, 2): Tile(32, 64, 8, 3),
     (AMPERE, 256, 2): Tile(32, 32, 8, 1),
     (AMPERE, 64, 4): Tile(32, 16, 8, 1),
     (AMPERE, 128, 4): Tile(32, 16, 8, 1),
-    (HOPPER, 64, 2): Tile(64, 64, 8, 2),
+    (HOPPER, 64, 2): Tile(32, 64, 8, 3),
     (HOPPER, 128, 2): Tile(32, 64, 8, 3),
     (HOPPER, 256, 2): Tile(32, 32, 8, 1),
     (HOPPER, 64, 4): Tile(32, 16, 8, 1),
