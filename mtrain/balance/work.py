@@ -217,10 +217,10 @@ def _tiles_by_shard(pattern: SparsePattern, visible: Visible, owner: Tensor, ran
     first = visible.first.to(pattern.device)
     found = torch.zeros(size, ranks, dtype=torch.float64, device=pattern.device)
     for chunk in _held_chunks(pattern):
-        rows = upload(chunk, pattern.device)
-        open_ = every >= first[:, rows, None]
+        here = upload(chunk, pattern.device)
+        open_ = every >= first[:, here, None]
         tiles = (pattern.block_mask(chunk, every) & open_[:, None]).sum((0, 1), dtype=torch.float64)
-        found[rows] = tiles @ shards.T
+        found[here] = tiles @ shards.T
     return _of_all(found, pattern, ring)
 
 
