@@ -26,6 +26,7 @@ from mtrain.comm import Ring
 from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout
 from mtrain.topology import RingTopology
+from sparse_kernels.bits import upload
 from sparse_kernels.pattern import SparsePattern, pad_doc_start
 
 
@@ -216,9 +217,10 @@ def _tiles_by_shard(pattern: SparsePattern, visible: Visible, owner: Tensor, ran
     first = visible.first.to(pattern.device)
     found = torch.zeros(size, ranks, dtype=torch.float64, device=pattern.device)
     for chunk in _held_chunks(pattern):
-        open_ = every >= first[:, chunk, None]
+        here = upload(chunk, pattern.device)
+        open_ = every >= first[:, here, None]
         tiles = (pattern.block_mask(chunk, every) & open_[:, None]).sum((0, 1), dtype=torch.float64)
-        found[chunk] = tiles @ shards.T
+        found[here] = tiles @ shards.T
     return _of_all(found, pattern, ring)
 
 
@@ -262,8 +264,8 @@ def _columns_beside_blocks(pattern: SparsePattern, visible: Visible, ring: Ring 
     found = torch.zeros(pattern.batch, pattern.num_blocks, dtype=torch.float64, device=pattern.device)
     for chunk in _held_chunks(pattern):
         tiles = pattern.block_mask(chunk, every)
-        rows = chunk.to(pattern.device)
-        seen = (column < rows[:, None] * pattern.block) & (column >= start[:, None, chunk, None])
+        rows = upload(chunk, pattern.device)
+        seen = (column < rows[:, None] * pattern.block) & (column >= start[:, None, rows, None])
         free = seen & ~tiles.gather(3, home.expand(-1, -1, chunk.numel(), -1))
-        found[:, chunk] = free.sum((1, 3), dtype=torch.float64)
+        found[:, rows] = free.sum((1, 3), dtype=torch.float64)
     return _of_all(found, pattern, ring)

@@ -17,9 +17,10 @@ Own chunk, future and document are those of the block's first row; a chunk is se
 document or a later one (its mean may reach back into another document, the attention never does). The blocks of the first
 ``sink`` tokens of the document and the distances 0..``local`` come on top; both may be 0. Choices are made per query head.
 
-Ranks exchange the sums of their blocks, 2 * NB * D floats per head in all, each decides some heads, and every query block's
-bits go to the rank that holds it. A sum is added up as a tree of fixed shape and every product has the shape of one process, so
-the choice is bit for bit that of one process.
+Ranks exchange the sums of their blocks, NB * D floats per query and key-value head in all, each decides some heads, and every
+query block's bits go to the rank that holds it. A sum is added up as a tree of fixed shape and every product has the shape of
+one process, so the choice is bit for bit that of one process. While it decides, a rank holds the scores of one head, 4 * NB *
+chunks bytes, and NB * chunks bools for each of its heads and for what a block may see.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from mtrain.recipe.schema import AttentionRecipe
 from sparse_kernels import BlockRows, SparsePattern
 from sparse_kernels.bits import pack_bits, unpack_bits, upload
 from sparse_kernels.reference import accumulation_dtype
+
+# Scores sorted at a time: with them come their places, 8 bytes each.
+SORTED_SCORES = 1 << 24
 
 
 class MobaPattern:
@@ -90,15 +94,17 @@ def select_moba(
     share = -(-batch * heads // ring.world_size)
     mine = range(ring.rank * share, (ring.rank + 1) * share)
     chosen = torch.zeros(share, size, hidden.shape[2], dtype=torch.bool, device=q.device)
+    lines = max(1, SORTED_SCORES // hidden.shape[2])
     with torch.autocast(q.device.type, enabled=False):
         for place, unit in enumerate(mine):
             if unit >= batch * heads:
                 break
             row, head = divmod(unit, heads)
             gate = queries[row, :, head] @ keys[row, :, head // (heads // kv_heads)].T
-            gate = gate.masked_fill(hidden[row], -torch.inf).masked_fill(own, torch.inf)
-            order = gate.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-            chosen[place].scatter_(-1, order, True).masked_fill_(hidden[row], False)
+            gate.masked_fill_(hidden[row], -torch.inf).masked_fill_(own, torch.inf)
+            for part, into in zip(gate.split(lines), chosen[place].split(lines), strict=True):
+                into.scatter_(-1, part.sort(dim=-1, descending=True, stable=True).indices[:, :top_k], True)
+            chosen[place].masked_fill_(hidden[row], False)
     chosen = _to_their_ranks(chosen, placement)[: batch * heads].unflatten(0, (batch, heads))
     return BlockChoice(BlockRows.of_table(chosen.repeat_interleave(per, 3)[..., :size], placement.blocks))
 

@@ -16,9 +16,10 @@ Forced are the diagonal block, the blocks of the first ``sink`` tokens of the do
 it is not later and its last token belongs to the document of the group's first token, so a group that straddles two documents
 mixes them in the estimate (never in the attention). Choices are made per query head.
 
-A rank scores its own query blocks against all keys, so the keys of the layer are gathered: S * K * D elements per batch row,
-half of what the gather schedule holds. A tile's shape depends on the sequence alone and a query block is a matrix of its own in
-it, so the choice is bit for bit that of one process.
+A rank scores its own query blocks against all keys, so the keys of the layer are gathered for as long as that takes: 4 * S *
+K * D bytes per batch row, twice while they are put in groups. Scores are held a tile at a time, and choices leave it as
+bits. A tile's shape depends on the sequence alone and a query block is a matrix of its own in it, so the choice is bit for
+bit that of one process.
 """
 
 from __future__ import annotations

@@ -132,6 +132,14 @@ def test_the_choice_is_the_definition(name: str, changes: dict, seq_len: int, pa
     assert pattern.columns.shape[2] == 0
 
 
+def test_moba_sorts_a_few_lines_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = random_qk(149)
+    whole = PatternPlan(recipe("moba"), 1).index(0, q, k)
+    for scores in (1, 35):  # of 10 chunks: a line, and three
+        monkeypatch.setattr("mtrain.patterns.moba.SORTED_SCORES", scores)
+        assert same(PatternPlan(recipe("moba"), 1).index(0, q, k), whole)
+
+
 # --- every rank, every layout ---------------------------------------------------------------------------------------------
 
 

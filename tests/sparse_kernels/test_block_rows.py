@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_kernels import BlockRows, PatternError, ShardView, SparsePattern, sparse_attention
 from sparse_kernels.bits import pack_bits
+from tests.waiting import PretendDevice, WouldWait
 
 
 def random_table(seed: int, size: int, batch: int = 2, heads: int = 3) -> Tensor:
@@ -52,6 +53,17 @@ def test_bits_are_the_table_without_the_future(size: int) -> None:
         expected = torch.zeros_like(table)
         expected[:, :, rows[real]] = past(table)[:, :, rows[real]]
         assert torch.equal(spread.table(), expected)
+
+
+def test_nothing_asks_the_device_for_a_number() -> None:
+    table, rows = random_table(2, 17), some_rows(6, 17)
+    given = table[:, :, rows.clamp(max=16)]
+    with PretendDevice(given) as device:
+        mine = BlockRows.of_table(given, rows)
+        found = [mine.bits, mine.take(rows[2:]).bits, mine.take(torch.arange(17), absent=True).bits, mine.table()]
+        assert all(x in device.there for x in found)
+        with pytest.raises(WouldWait):
+            mine.bits.max().item()
 
 
 def test_rows_that_are_not_here_are_named() -> None:
