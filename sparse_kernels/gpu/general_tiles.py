@@ -1,8 +1,7 @@
 """Launch shapes of the general kernels, kept like those of the structured ones in `config`: checked in, never tuned at run time.
 
-64 x 64 tiles of dk and dv would spill a few bytes on sm_80 (head_dim 64) or sm_90 (head_dim 128), and of forward and dq on sm_80
-with Triton 3.4 to 3.6. float32, as three tf32 products, takes many registers: dq of head_dim 128 spills 40 bytes on sm_80,
-104 on sm_86 and 56 on sm_90, and some with every small tile that was tried. tests/triton_compile holds the table to this.
+In 16 bits three stages, for the reason given in `config`. float32, as three tf32 products, takes many registers: dq of head_dim 128
+spills up to 88 bytes on sm_90 with every small tile that was tried. tests/triton_compile holds the table to this.
 """
 
 from __future__ import annotations
