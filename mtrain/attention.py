@@ -53,7 +53,7 @@ def ring_attention(
     Args:
         q: this rank's shard [B, n, H, D], n = layout.local_len, in the layout's order.
         k, v: this rank's shards [B, n, K, D], H a multiple of K.
-        pattern: global, the same on every rank.
+        pattern: global, the same on every rank; of single blocks each rank may hold those of its own query blocks only.
         ring: the ranks that hold the other shards; every one of them makes this call.
         layout: who owns which block; its block and seq_len are the pattern's.
         schedule: "ring" or "gather".
@@ -76,7 +76,7 @@ def ring_attention(
     _check(q, k, v, pattern, ring, layout, schedule, doc_start)
     check_scale(scale)
     call = _Call(
-        pattern=pattern,
+        pattern=pattern.for_queries(layout.blocks(ring.rank)),
         ring=ring,
         layout=layout,
         doc_start=doc_start,

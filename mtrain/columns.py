@@ -14,7 +14,7 @@ from torch import Tensor
 from mtrain.comm import Ring
 from mtrain.layout import RingLayout
 from sparse_kernels import SparsePattern
-from sparse_kernels.pattern import upload
+from sparse_kernels.bits import upload
 
 
 @dataclass(frozen=True, eq=False)

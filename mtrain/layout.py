@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtrain.errors import MtrainError
-from sparse_kernels.pattern import upload
+from sparse_kernels.bits import upload
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 

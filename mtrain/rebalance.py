@@ -18,8 +18,9 @@ from mtrain.parallel import World
 class Rebalancer:
     """Feeds the balancer what each step cost and gives the ring its layout for the next.
 
-    All ranks of a ring hold the same rows and the same patterns, so each measures the same by itself; only data-parallel replicas,
-    which saw other rows, add up their measurements. The assignment of the ring's first rank counts (8 bytes per block).
+    All ranks of a ring hold the same rows and the same columns and diagonals, so each measures these by itself; single blocks are
+    counted by the rank that holds them and added up. Data-parallel replicas, which saw other rows, add up their measurements. The
+    assignment of the ring's first rank counts (8 bytes per block).
 
     Args:
         balancer: the running average; its state belongs into checkpoints.
@@ -47,7 +48,8 @@ class Rebalancer:
         """Add what the newest micro-batch cost, over all layers."""
         doc_start = batch.doc_start if bool(batch.doc_start.any()) else None
         for pattern in self.context.latest.index.values():
-            cost = measure(pattern, None if doc_start is None else doc_start.to(pattern.device))
+            starts = None if doc_start is None else doc_start.to(pattern.device)
+            cost = measure(pattern, starts, ring=self.world.ring)
             self._measured = cost if self._measured is None else self._measured + cost
 
     def after_step(self) -> None:

@@ -1,6 +1,6 @@
 """The exactness matrix as a table: every combination of the axes against the float64 truth.
 
-python scripts/exactness.py                # the full matrix (3,360 float64 cases, about 5 minutes on one core)
+python scripts/exactness.py                # the full matrix (7,187 cases, about 9 minutes on one core)
 python scripts/exactness.py --quick        # every pattern x layout x schedule x topology once
 python scripts/exactness.py --write        # also writes benchmarks/exactness.md
 """

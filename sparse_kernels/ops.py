@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from sparse_kernels.backends import Backend, resolve_backend
+from sparse_kernels.block_rows import BlockRows
+from sparse_kernels.errors import PatternError
 from sparse_kernels.pattern import SparsePattern, pad_doc_start
 from sparse_kernels.reference import accumulation_dtype
 from sparse_kernels.view import ShardView
@@ -41,7 +43,7 @@ def attention(
 
     Args:
         q: [B, NB * b, H, D], padded to whole blocks; k, v: [B, NB * b, K, D].
-        index: columns, diagonals, blocks (or None) of the pattern and doc_start [B, S] (or None).
+        index: columns, diagonals, bits of the blocks (or None) of the pattern and doc_start [B, S] (or None).
         sizes: seq_len, block and full of the pattern.
         backend: "auto" or a name of `sparse_kernels.backends()`.
 
@@ -87,8 +89,17 @@ def attention_backward(
 
 
 def flatten(pattern: SparsePattern, doc_start: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """(index, sizes) of `attention`. Nothing is copied: the same pattern and documents find the plan made for them before."""
-    return [pattern.columns, pattern.diagonals, pattern.blocks, doc_start], [
+    """(index, sizes) of `attention`. Nothing is copied: the same pattern and documents find the plan made for them before.
+
+    Raises:
+        PatternError: the pattern holds the single blocks of some query blocks only.
+    """
+    rows = pattern.block_rows
+    if rows is not None and not rows.whole:
+        raise PatternError(
+            "this pattern holds the single blocks of some query blocks only, those of a rank; sparse_attention computes all of them"
+        )
+    return [pattern.columns, pattern.diagonals, None if rows is None else rows.bits, doc_start], [
         pattern.seq_len,
         pattern.block,
         int(pattern.full),
@@ -123,10 +134,11 @@ def _view(index: Sequence[Tensor | None], sizes: Sequence[int]) -> ShardView:
 
 
 def _new_view(index: Sequence[Tensor | None], sizes: Sequence[int]) -> ShardView:
-    columns, diagonals, blocks, doc_start = index
+    columns, diagonals, bits, doc_start = index
     seq_len, block, full = sizes
+    every = torch.arange(-(-seq_len // block))
+    blocks = None if bits is None else BlockRows(len(every), every, bits)
     pattern = SparsePattern(seq_len, block, columns, diagonals, blocks, bool(full))
-    every = torch.arange(pattern.num_blocks)
     padded = pad_doc_start(doc_start, pattern)
     return ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=padded)
 

@@ -6,14 +6,14 @@ NB = ceil(S / b) blocks, C column slots, E diagonal slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-
-class PatternError(ValueError):
-    """A pattern whose tensors do not describe a mask."""
+from sparse_kernels.bits import upload
+from sparse_kernels.block_rows import BlockRows
+from sparse_kernels.errors import PatternError
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,8 @@ class SparsePattern:
         columns: int32 [B, H, C], ascending global key positions, padded at the end with ``seq_len``; None: no columns.
         diagonals: int32 [B, H, E], ascending block offsets, padded at the end with -1; offset 0 must be present, so no row is
             ever empty. None: only offset 0.
-        blocks: bool [B, H, NB, NB] (query block, key block) or None. Blocks in the future are ignored.
+        blocks: None, or bool [B, H, NB, NB] (query block, key block), kept as `BlockRows`: a bit per pair that is not in the
+            future. A rank's pattern may be given the `BlockRows` of its own query blocks only; it serves these.
         full: True promises that every diagonal is present (set by `SparsePattern.dense`), so that a backend may use a dense
             kernel without looking at tensors on the device.
     """
@@ -44,13 +45,14 @@ class SparsePattern:
     block: int
     columns: Tensor | None = None
     diagonals: Tensor | None = None
-    blocks: Tensor | None = None
+    blocks: BlockRows | Tensor | None = None
     full: bool = False
 
     def __post_init__(self) -> None:
         if self.seq_len < 1 or self.block < 1:
             raise PatternError(f"seq_len and block must be at least 1, got seq_len={self.seq_len}, block={self.block}")
-        given = [t for t in (self.columns, self.diagonals, self.blocks) if t is not None]
+        bits = self.blocks.bits if isinstance(self.blocks, BlockRows) else self.blocks
+        given = [t for t in (self.columns, self.diagonals, bits) if t is not None]
         if not given:
             raise PatternError(
                 "a pattern needs columns, diagonals or blocks to know its batch and heads; for the plain causal mask use "
@@ -60,7 +62,7 @@ class SparsePattern:
         for name, tensor, rank in (
             ("columns", self.columns, 3),
             ("diagonals", self.diagonals, 3),
-            ("blocks", self.blocks, 4),
+            ("blocks", bits, 4 if isinstance(self.blocks, Tensor) else 3),
         ):
             if tensor is None:
                 continue
@@ -84,11 +86,20 @@ class SparsePattern:
                 f"columns must be key positions from 0, ascending and without repeats in every head, padded at the end with "
                 f"seq_len={self.seq_len}; sort them first"
             )
-        if self.blocks is not None and self.blocks.shape[2:] != (self.num_blocks, self.num_blocks):
+        if isinstance(self.blocks, Tensor):
+            if self.blocks.shape[2:] != (self.num_blocks, self.num_blocks):
+                raise PatternError(
+                    f"blocks has shape {tuple(self.blocks.shape)}; expected [{batch}, {heads}, {self.num_blocks}, "
+                    f"{self.num_blocks}] for seq_len={self.seq_len}, block={self.block}"
+                )
+            object.__setattr__(self, "blocks", BlockRows.of_table(self.blocks.bool()))
+        elif self.blocks is not None and self.blocks.num_blocks != self.num_blocks:
             raise PatternError(
-                f"blocks has shape {tuple(self.blocks.shape)}; expected [{batch}, {heads}, {self.num_blocks}, {self.num_blocks}] "
-                f"for seq_len={self.seq_len}, block={self.block}"
+                f"blocks has rows of {self.blocks.num_blocks} key blocks; expected {self.num_blocks} for seq_len={self.seq_len}, "
+                f"block={self.block}"
             )
+        if self.num_blocks == 1:
+            object.__setattr__(self, "blocks", None)  # the one block is the diagonal, which is always there
 
     @classmethod
     def dense(
@@ -122,23 +133,42 @@ class SparsePattern:
         assert self.diagonals is not None
         return self.diagonals.device
 
+    @property
+    def block_rows(self) -> BlockRows | None:
+        """The single blocks."""
+        assert not isinstance(self.blocks, Tensor), "made BlockRows by the constructor"
+        return self.blocks
+
+    @property
+    def held(self) -> Tensor:
+        """int64 on the CPU: the query blocks whose keys this pattern knows."""
+        return torch.arange(self.num_blocks) if self.block_rows is None else self.block_rows.rows
+
     def to(self, device: torch.device | str) -> SparsePattern:
         """The same pattern on another device."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
+        assert self.columns is not None and self.diagonals is not None
+        blocks = None if self.block_rows is None else self.block_rows.with_bits(self.block_rows.bits.to(device))
         return SparsePattern(
-            self.seq_len, self.block, move(self.columns), move(self.diagonals), move(self.blocks), self.full
+            self.seq_len, self.block, self.columns.to(device), self.diagonals.to(device), blocks, self.full
         )
 
     def select(self, heads: slice) -> SparsePattern:
         """The pattern of a slice of the query heads (views, nothing copied)."""
         assert self.columns is not None and self.diagonals is not None
-        blocks = None if self.blocks is None else self.blocks[:, heads]
+        blocks = None if self.block_rows is None else self.block_rows.with_bits(self.block_rows.bits[:, heads])
         return SparsePattern(
             self.seq_len, self.block, self.columns[:, heads], self.diagonals[:, heads], blocks, self.full
         )
+
+    def for_queries(self, q_blocks: Tensor) -> SparsePattern:
+        """The pattern as far as these query blocks (int64 [n] on the CPU) need it: of single blocks their rows only.
+
+        Raises:
+            PatternError: the single blocks of one of them are not held here.
+        """
+        if self.block_rows is None or torch.equal(self.block_rows.rows, q_blocks):
+            return self
+        return replace(self, blocks=self.block_rows.take(q_blocks))
 
     def offset_table(self) -> Tensor:
         """bool [B, H, NB]: is block offset d one of the diagonals?"""
@@ -152,15 +182,17 @@ class SparsePattern:
     def block_mask(self, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
         """bool [B, H, nq, nk]: tiles of the block part (diagonals and blocks) between global block ids, future excluded.
 
-        Ids at or beyond NB (padding of a layout) are never selected.
+        Ids at or beyond NB (padding of a layout) are never selected. ``q_blocks`` are on the CPU.
+
+        Raises:
+            PatternError: the single blocks of one of the query blocks are not held here.
         """
         q_ids, k_ids = upload(q_blocks, self.device)[:, None], upload(k_blocks, self.device)[None, :]
         inside = (k_ids <= q_ids) & (q_ids < self.num_blocks)
         offset = torch.where(inside, q_ids - k_ids, 0)
         mask = self.offset_table()[:, :, offset]
-        if self.blocks is not None:
-            last = self.num_blocks - 1
-            mask = mask | self.blocks[:, :, q_ids.clamp(max=last), k_ids.clamp(max=last)]
+        if self.block_rows is not None:
+            mask = mask | self.block_rows.mask(q_blocks, k_blocks)
         return mask & inside
 
     def to_dense(self, doc_start: Tensor | None = None) -> Tensor:
@@ -179,16 +211,30 @@ class SparsePattern:
 
     def density(self, doc_start: Tensor | None = None) -> Tensor:
         """Allowed (query, key) pairs over causal pairs of the same documents, float32 [B, H]. Exact, memory O(S)."""
+        if self.block_rows is not None and not self.block_rows.whole:
+            raise PatternError(
+                f"this pattern knows the single blocks of {len(self.block_rows.rows)} of {self.num_blocks} query blocks, too few "
+                "for a density: add up allowed_pairs() over the ranks and divide by causal_pairs()"
+            )
+        return (self.allowed_pairs(doc_start) / self.causal_pairs(doc_start)).float()
+
+    def causal_pairs(self, doc_start: Tensor | None = None) -> Tensor:
+        """float64 [B, 1]: (query, key) pairs of the same document that are not in the future."""
+        row = torch.arange(1, self.seq_len + 1, device=self.device).expand(self.batch, -1)
+        row = row if doc_start is None else row - doc_start.to(self.device)
+        return row.sum(1, dtype=torch.float64)[:, None]
+
+    def allowed_pairs(self, doc_start: Tensor | None = None) -> Tensor:
+        """float64 [B, H]: allowed (query, key) pairs of the query blocks that are held here."""
         assert self.columns is not None
         size, b = self.num_blocks, self.block
         start = torch.zeros(self.batch, self.seq_len, dtype=torch.int64, device=self.device)
         if doc_start is not None:
             start = doc_start.to(self.device)
         row = torch.arange(self.seq_len, device=self.device)
-        causal = (row - start + 1).sum(1, dtype=torch.float64)[:, None]
         allowed = torch.zeros(self.batch, self.heads, dtype=torch.float64, device=self.device)
         all_keys = torch.arange(size, device=self.device)
-        for q_block in range(size):
+        for q_block in self.held[self.held < size].tolist():
             rows = slice(q_block * b, min((q_block + 1) * b, self.seq_len))
             tiles = self.block_mask(torch.tensor([q_block]), all_keys)[:, :, 0]  # [B, H, NB]
             first = torch.maximum(start[:, rows, None], all_keys * b)
@@ -203,12 +249,7 @@ class SparsePattern:
                 allowed += free.sum(2) * (rows.stop - rows.start)
             else:
                 allowed += (free * (start[:, None, rows, None] <= column[:, :, None]).sum(2)).sum(2)
-        return (allowed / causal).float()
-
-
-def upload(index: Tensor, device: torch.device) -> Tensor:
-    """A CPU index on ``device``. An ordinary copy would make the host wait until the device has done all its earlier work."""
-    return index.to(device, non_blocking=True)
+        return allowed
 
 
 def _ascending(columns: Tensor, seq_len: int) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_kernels.pattern import SparsePattern, upload
+from sparse_kernels.bits import upload
+from sparse_kernels.pattern import SparsePattern
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,8 @@
 - a column j is computed for query block m iff it lies in an earlier block that the block part does not cover for m and head, and
   not before the document of the first row of m; it counts b pairs (all rows of the block against one key).
 
+Single blocks are counted by the rank that holds their query block, and added up where a ring is given.
+
 Everything is summed over batch rows and query heads. A row of padding at the end of the last block counts like a real row;
 blocks of padding count nothing. Along a diagonal nothing depends on the row except where the document begins, so nothing here
 builds an NB x NB mask unless the pattern holds single ``blocks``.
@@ -20,9 +22,11 @@ import torch
 from torch import Tensor
 
 from mtrain.balance.convolve import visible_convolution
+from mtrain.comm import Ring
 from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout
 from mtrain.topology import RingTopology
+from sparse_kernels.bits import upload
 from sparse_kernels.pattern import SparsePattern, pad_doc_start
 
 
@@ -48,14 +52,22 @@ class Visible:
         return cls(start, start // block)
 
 
-def work(pattern: SparsePattern, layout: RingLayout, topology: RingTopology, doc_start: Tensor | None = None) -> Tensor:
+def work(
+    pattern: SparsePattern,
+    layout: RingLayout,
+    topology: RingTopology,
+    doc_start: Tensor | None = None,
+    *,
+    ring: Ring | None = None,
+) -> Tensor:
     """Computed tile area of every rank in every ring step.
 
     Args:
-        pattern: the global pattern.
+        pattern: the global pattern; with ``ring`` its single blocks may be those of this rank's queries only.
         layout: who owns which block.
         topology: which shard a rank works on in which step.
         doc_start: int64 [B, S] of the whole sequence; None: one document.
+        ring: the ranks that hold the other rows of single blocks; every one of them makes this call.
 
     Returns:
         float64 [W, outer * inner + 1]: entry (r, s * inner + t) is the block part of rank r on the shard it holds in outer step s,
@@ -73,8 +85,8 @@ def work(pattern: SparsePattern, layout: RingLayout, topology: RingTopology, doc
         )
     visible = _visible(pattern, doc_start)
     owner = layout.owner[: pattern.num_blocks].to(pattern.device)
-    pairs = by_owner(_tiles_by_shard(pattern, visible, owner, layout.ranks), owner, layout.ranks)
-    columns = by_owner(_columns(pattern, visible).sum(0)[:, None], owner, layout.ranks)
+    pairs = by_owner(_tiles_by_shard(pattern, visible, owner, layout.ranks, ring), owner, layout.ranks)
+    columns = by_owner(_columns(pattern, visible, ring).sum(0)[:, None], owner, layout.ranks)
     steps = pairs.gather(1, shard_table(topology).to(pairs.device))
     return torch.cat([steps * pattern.block**2, columns * pattern.block], 1).cpu()
 
@@ -92,42 +104,45 @@ def imbalance(work: Tensor) -> tuple[float, float]:
     return float(work.sum(1).max()) / mean, float(work.max(0).values.sum()) / mean
 
 
-def block_cost(pattern: SparsePattern, doc_start: Tensor | None = None) -> Tensor:
+def block_cost(pattern: SparsePattern, doc_start: Tensor | None = None, *, ring: Ring | None = None) -> Tensor:
     """float64 [NB] on the pattern's device: computed area of each query block, summed over batch rows and heads.
 
-    The sums of `work` over the blocks of a rank, whatever the layout.
+    The sums of `work` over the blocks of a rank, whatever the layout; ``ring`` as there.
     """
     visible = _visible(pattern, doc_start)
-    area = pattern.block**2 * _tile_rows(pattern, visible)
-    return area + pattern.block * _columns(pattern, visible).sum(0)
+    area = pattern.block**2 * _tile_rows(pattern, visible, ring)
+    return area + pattern.block * _columns(pattern, visible, ring).sum(0)
 
 
-def tile_density(pattern: SparsePattern, doc_start: Tensor | None = None) -> float:
-    """Computed area over causal pairs of the same documents. Never below the density of the mask; above 1 for short dense rows."""
+def tile_density(pattern: SparsePattern, doc_start: Tensor | None = None, *, ring: Ring | None = None) -> float:
+    """Computed area over causal pairs of the same documents. Never below the density of the mask; above 1 for short dense rows.
+
+    ``ring`` as in `work`.
+    """
     padded = pad_doc_start(doc_start, pattern)
     row = torch.arange(1, pattern.seq_len + 1, dtype=torch.float64)
     causal = pattern.batch * row.sum()
     if padded is not None:
         causal = causal - padded[:, : pattern.seq_len].sum(dtype=torch.float64).cpu()
-    return float(block_cost(pattern, doc_start).sum().cpu() / (causal * pattern.heads))
+    return float(block_cost(pattern, doc_start, ring=ring).sum().cpu() / (causal * pattern.heads))
 
 
-def measure(pattern: SparsePattern, doc_start: Tensor | None = None) -> Tensor:
+def measure(pattern: SparsePattern, doc_start: Tensor | None = None, *, ring: Ring | None = None) -> Tensor:
     """What the balancer averages, float64 [3, NB] on the pattern's device; sums over layers and ranks of the data are meaningful.
 
     Row 0: tile area per block at each block offset (batch rows and heads that hold the diagonal, times b * b), documents apart.
     Row 1: tile area per query block from single ``blocks`` that lie on no diagonal, per visible key block.
     Row 2: column area per query block, per visible key block.
     Rows 1 and 2 are rates, so that another batch with other documents can be predicted: visible key blocks of block m are
-    those from the start of its document to m.
+    those from the start of its document to m. ``ring`` as in `work`.
     """
     visible = _visible(pattern, doc_start)
     area = pattern.block**2
     rate = pattern.batch / (visible_blocks(visible.first).sum(0)).to(pattern.device)
-    tiles = torch.stack([_offsets(pattern).sum(0), torch.zeros_like(rate), _columns(pattern, visible).sum(0)])
+    tiles = torch.stack([_offsets(pattern).sum(0), torch.zeros_like(rate), _columns(pattern, visible, ring).sum(0)])
     if pattern.blocks is not None:
         on_diagonals = SparsePattern(pattern.seq_len, pattern.block, diagonals=pattern.diagonals)
-        tiles[1] = _tile_rows(pattern, visible) - _tile_rows(on_diagonals, visible)
+        tiles[1] = _tile_rows(pattern, visible, ring) - _tile_rows(on_diagonals, visible, None)
     return tiles * torch.stack([area * torch.ones_like(rate), area * rate, pattern.block * rate])
 
 
@@ -161,16 +176,33 @@ def _offsets(pattern: SparsePattern) -> Tensor:
     return pattern.offset_table().sum(1, dtype=torch.float64)
 
 
-def _tile_rows(pattern: SparsePattern, visible: Visible) -> Tensor:
+def _tile_rows(pattern: SparsePattern, visible: Visible, ring: Ring | None) -> Tensor:
     """float64 [NB]: tiles computed for each query block."""
     if pattern.blocks is not None:
         nobody = torch.zeros(pattern.num_blocks, dtype=torch.int64, device=pattern.device)
-        return _tiles_by_shard(pattern, visible, nobody, 1)[:, 0]
+        return _tiles_by_shard(pattern, visible, nobody, 1, ring)[:, 0]
     span = torch.arange(pattern.num_blocks) - visible.first
     return _offsets(pattern).cumsum(1).gather(1, span.to(pattern.device)).sum(0)
 
 
-def _tiles_by_shard(pattern: SparsePattern, visible: Visible, owner: Tensor, ranks: int) -> Tensor:
+def _held_chunks(pattern: SparsePattern) -> tuple[Tensor, ...]:
+    """The query blocks held here, as many at a time as bound the memory of their rows."""
+    held = pattern.held[pattern.held < pattern.num_blocks]
+    return held.split(max(1, 2**22 // (pattern.batch * pattern.heads * pattern.num_blocks)))
+
+
+def _of_all(rows: Tensor, pattern: SparsePattern, ring: Ring | None) -> Tensor:
+    """Counts by query block, 0 for those that other ranks hold, made those of all."""
+    if pattern.block_rows is None or pattern.block_rows.whole:
+        return rows
+    if ring is None:
+        raise MtrainError(
+            "this pattern holds the single blocks of one rank's queries: give the ring too, on every rank, to add the counts up"
+        )
+    return ring.all_reduce(rows)
+
+
+def _tiles_by_shard(pattern: SparsePattern, visible: Visible, owner: Tensor, ranks: int, ring: Ring | None) -> Tensor:
     """float64 [NB, W]: tiles of each query block whose keys belong to each rank."""
     size = pattern.num_blocks
     shards = torch.zeros(ranks, size, dtype=torch.float64, device=pattern.device)
@@ -181,24 +213,25 @@ def _tiles_by_shard(pattern: SparsePattern, visible: Visible, owner: Tensor, ran
             visible_convolution(offsets[i][None, None], shards[:, None], visible.first[i]) for i in range(pattern.batch)
         ]
         return torch.stack(rows).sum(0).T
-    every = torch.arange(size)
+    every = torch.arange(size, device=pattern.device)
     first = visible.first.to(pattern.device)
-    parts = []
-    for chunk in every.split(max(1, 2**22 // (pattern.batch * pattern.heads * size))):
-        open_ = every.to(pattern.device) >= first[:, chunk, None]
+    found = torch.zeros(size, ranks, dtype=torch.float64, device=pattern.device)
+    for chunk in _held_chunks(pattern):
+        here = upload(chunk, pattern.device)
+        open_ = every >= first[:, here, None]
         tiles = (pattern.block_mask(chunk, every) & open_[:, None]).sum((0, 1), dtype=torch.float64)
-        parts.append(tiles @ shards.T)
-    return torch.cat(parts)
+        found[here] = tiles @ shards.T
+    return _of_all(found, pattern, ring)
 
 
-def _columns(pattern: SparsePattern, visible: Visible) -> Tensor:
+def _columns(pattern: SparsePattern, visible: Visible, ring: Ring | None) -> Tensor:
     """float64 [B, NB]: columns computed for each query block, summed over heads."""
     assert pattern.columns is not None
     size, b = pattern.num_blocks, pattern.block
     if pattern.columns.shape[2] == 0:
         return torch.zeros(pattern.batch, size, dtype=torch.float64, device=pattern.device)
     if pattern.blocks is not None:
-        return _columns_beside_blocks(pattern, visible)
+        return _columns_beside_blocks(pattern, visible, ring)
     columns = pattern.columns.long().contiguous()
     first, start = visible.first.to(pattern.device), visible.start.to(pattern.device)
     row = torch.arange(size, device=pattern.device)
@@ -222,17 +255,17 @@ def _columns(pattern: SparsePattern, visible: Visible) -> Tensor:
     return seen - torch.cat(covered) + early.sum(1)
 
 
-def _columns_beside_blocks(pattern: SparsePattern, visible: Visible) -> Tensor:
+def _columns_beside_blocks(pattern: SparsePattern, visible: Visible, ring: Ring | None) -> Tensor:
     assert pattern.columns is not None
     every = torch.arange(pattern.num_blocks)
     column = pattern.columns.long()[:, :, None]
     home = (column // pattern.block).clamp(max=pattern.num_blocks - 1)
     start = visible.start.to(pattern.device)
-    parts = []
-    for chunk in every.split(max(1, 2**22 // (pattern.batch * pattern.heads * pattern.num_blocks))):
+    found = torch.zeros(pattern.batch, pattern.num_blocks, dtype=torch.float64, device=pattern.device)
+    for chunk in _held_chunks(pattern):
         tiles = pattern.block_mask(chunk, every)
-        rows = chunk.to(pattern.device)
-        seen = (column < rows[:, None] * pattern.block) & (column >= start[:, None, chunk, None])
+        rows = upload(chunk, pattern.device)
+        seen = (column < rows[:, None] * pattern.block) & (column >= start[:, None, rows, None])
         free = seen & ~tiles.gather(3, home.expand(-1, -1, chunk.numel(), -1))
-        parts.append(free.sum((1, 3), dtype=torch.float64))
-    return torch.cat(parts, 1)
+        found[:, rows] = free.sum((1, 3), dtype=torch.float64)
+    return _of_all(found, pattern, ring)

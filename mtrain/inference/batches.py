@@ -37,7 +37,7 @@ class PrefillBatch(MicroBatch):
         """See `MicroBatch.attend`."""
         out = super().attend(layer, q, k, v, scale)
         pattern = self.index.pop(layer)
-        self.densities.append(1.0 if pattern.full else mask_density(pattern))
+        self.densities.append(1.0 if pattern.full else mask_density(pattern, ring=self.context.ring))
         if self.cache is not None:
             self.cache.fill(layer, k[:, : self.real], v[:, : self.real])
         return out

@@ -25,7 +25,7 @@ from mtrain.models.hf_attention import NAME, NO_MASK
 from mtrain.models.refuse import LOCAL_ROPE_TYPES, refuse, rope_type
 from mtrain.models.rope import check_rope
 from mtrain.recipe.schema import AttentionRecipe
-from sparse_kernels.pattern import upload
+from sparse_kernels.bits import upload
 
 # Dense attention through the ring, for a model without an attention recipe.
 DENSE = AttentionRecipe(pattern="dense")

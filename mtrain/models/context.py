@@ -17,7 +17,7 @@ from mtrain.models.statistics import statistics
 from mtrain.patterns import PatternPlan, measure_recall, spaced_rows
 from mtrain.recipe.schema import AttentionRecipe
 from sparse_kernels import SparsePattern
-from sparse_kernels.pattern import upload
+from sparse_kernels.bits import upload
 
 # Rows of each head whose recall is measured, spread over the sequence; each costs one dense query row per layer.
 RECALL_ROWS = 64

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from mtrain.balance.work import block_cost, imbalance, tile_density, work
+from mtrain.comm import Ring
 from mtrain.errors import ModelError
+from mtrain.patterns.blocks import with_rows
 from mtrain.patterns.reach import reach_by_distance, scattered_rows
+from mtrain.patterns.recall import blocks_of
 from sparse_kernels import SparsePattern
 
 if TYPE_CHECKING:
@@ -25,13 +28,13 @@ def statistics(batch: MicroBatch) -> dict[str, Any]:
     patterns = [batch.index[layer] for layer in sorted(batch.index)]
     if not patterns:
         raise ModelError("the newest forward has not reached an attention layer, so there is no pattern to look at")
-    density = [mask_density(pattern, doc_start) for pattern in patterns]
-    area = torch.stack([work(pattern, batch.layout, ring.topology, doc_start) for pattern in patterns]).sum(0)
+    density = [mask_density(pattern, doc_start, ring) for pattern in patterns]
+    area = torch.stack([work(p, batch.layout, ring.topology, doc_start, ring=ring) for p in patterns]).sum(0)
     worker, step = imbalance(area)
     result: dict[str, Any] = {
         "density": sum(density) / len(density),
         "density_per_layer": density,
-        "tile_density": sum(tile_density(pattern, doc_start) for pattern in patterns) / len(patterns),
+        "tile_density": sum(tile_density(pattern, doc_start, ring=ring) for pattern in patterns) / len(patterns),
         "work": area,
         "worker_imbalance": worker,
         "step_imbalance": step,
@@ -41,12 +44,13 @@ def statistics(batch: MicroBatch) -> dict[str, Any]:
         result["recall_per_layer"] = per_layer
         result["recall"] = sum(per_layer) / len(per_layer)
         rows = scattered_rows(patterns[0].seq_len, REACH_ROWS)
+        patterns = [with_rows(pattern, blocks_of(rows, pattern.block), ring) for pattern in patterns]
         reach = torch.stack([reach_by_distance(pattern, rows, doc_start=doc_start) for pattern in patterns]).mean(0)
         result["reach"], result["reach_any_head"] = reach.tolist()
     return result
 
 
-def mask_density(pattern: SparsePattern, doc_start: Tensor | None = None) -> float:
+def mask_density(pattern: SparsePattern, doc_start: Tensor | None = None, ring: Ring | None = None) -> float:
     """Allowed pairs over causal pairs of the same documents, mean over batch rows and heads; exact, in O(S).
 
     The mean of `SparsePattern.density`, which walks all query blocks. Here rows are counted in closed form. In query
@@ -56,9 +60,14 @@ def mask_density(pattern: SparsePattern, doc_start: Tensor | None = None) -> flo
     Args:
         pattern: the global pattern.
         doc_start: int64 [B, S]; None: one document.
+        ring: needed when the single blocks are those of this rank's queries only; then every rank makes this call.
     """
-    if pattern.blocks is not None:
-        return float(pattern.density(doc_start).mean())
+    if pattern.block_rows is not None:
+        pairs = pattern.allowed_pairs(doc_start)
+        if not pattern.block_rows.whole:
+            assert ring is not None, "these are the single blocks of one rank's queries"
+            pairs = ring.all_reduce(pairs)
+        return float((pairs / pattern.causal_pairs(doc_start)).float().mean())
     ratios = []
     for row in range(pattern.batch):
         start = torch.zeros(pattern.seq_len, dtype=torch.int64) if doc_start is None else doc_start[row].cpu()

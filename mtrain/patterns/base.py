@@ -34,7 +34,7 @@ class Pattern(Protocol):
         """The kind of choice it makes, which ``refresh`` may keep over steps; None: nothing is estimated."""
 
     def index(self, q: Tensor, k: Tensor, site: Site, kept: Choice | None) -> tuple[SparsePattern, Choice | None]:
-        """The pattern of one layer, and what may be kept for later steps (None: nothing was estimated).
+        """The pattern of this rank's queries in one layer, and what may be kept for later steps (None: nothing was estimated).
 
         Args:
             q, k: this rank's shards [B, n, H, D] and [B, n, K, D] after rotary embedding.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtrain.errors import MtrainError
-from sparse_kernels.pattern import upload
+from sparse_kernels.bits import upload
 
 
 class Budget(Protocol):

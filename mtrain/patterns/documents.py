@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtrain.errors import MtrainError
 from mtrain.patterns.placement import Placement
-from sparse_kernels.pattern import upload
+from sparse_kernels.bits import upload
 
 # With packed documents the probe rows come from so many of the longest ones.
 PROBED_DOCUMENTS = 4

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mtrain.patterns.documents import Documents
+from mtrain.patterns.placement import Placement
 from sparse_kernels import SparsePattern
+from sparse_kernels.bits import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,13 +21,16 @@ class Selection:
     Attributes:
         columns: bool [B, H, S].
         offsets: bool [B, H, NB], block offsets.
+        name: of the bits in a checkpoint.
     """
 
     columns: Tensor
     offsets: Tensor
+    name: ClassVar[str] = "bits"
 
-    def pack(self) -> Tensor:
+    def pack(self, placement: Placement) -> Tensor:
         """uint8 [B, H, ceil((S + NB) / 8)]: one bit per key and offset."""
+        del placement  # every rank has it all
         return pack_bits(torch.cat([self.columns, self.offsets], -1))
 
     @classmethod
@@ -88,15 +94,3 @@ def index_lists(chosen: Tensor, slots: int, fill: int) -> Tensor:
     positions = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand_as(slot)
     lists = torch.full((*chosen.shape[:-1], slots + 1), fill, dtype=torch.int32, device=chosen.device)
     return lists.scatter_(-1, slot, positions)[..., :slots].contiguous()
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """uint8 [..., ceil(n / 8)] of bool [..., n], first bit lowest."""
-    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """Inverse of `pack_bits`: bool [..., count]."""
-    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (bits & 1).flatten(-2)[..., :count].bool()

@@ -14,8 +14,8 @@ from torch import Tensor
 from mtrain.patterns.documents import Documents, Probes
 from mtrain.patterns.fixed_point import exponential_unit, probability_factor
 from mtrain.patterns.placement import Placement
+from sparse_kernels.bits import upload
 from sparse_kernels.gpu.probe import ProbeScorer
-from sparse_kernels.pattern import upload
 
 
 @dataclass(eq=False)

@@ -17,9 +17,10 @@ Own chunk, future and document are those of the block's first row; a chunk is se
 document or a later one (its mean may reach back into another document, the attention never does). The blocks of the first
 ``sink`` tokens of the document and the distances 0..``local`` come on top; both may be 0. Choices are made per query head.
 
-Ranks exchange the sums of their blocks, 2 * NB * D floats per head in all, each decides some heads, and the chosen bits are
-gathered. A sum is added up as a tree of fixed shape and every product has the shape of one process, so the choice is bit for
-bit that of one process.
+Ranks exchange the sums of their blocks, NB * D floats per query and key-value head in all, each decides some heads, and every
+query block's bits go to the rank that holds it. A sum is added up as a tree of fixed shape and every product has the shape of
+one process, so the choice is bit for bit that of one process. While it decides, a rank holds the scores of one head, 4 * NB *
+chunks bytes, and NB * chunks bools for each of its heads and for what a block may see.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from mtrain.errors import MtrainError
 from mtrain.patterns.base import Choice, Site
 from mtrain.patterns.blocks import BlockChoice, first_visible
 from mtrain.patterns.documents import Documents
-from mtrain.patterns.index import pack_bits, unpack_bits
 from mtrain.patterns.placement import Placement
 from mtrain.recipe.schema import AttentionRecipe
-from sparse_kernels import SparsePattern
-from sparse_kernels.pattern import upload
+from sparse_kernels import BlockRows, SparsePattern
+from sparse_kernels.bits import pack_bits, unpack_bits, upload
 from sparse_kernels.reference import accumulation_dtype
+
+# Scores sorted at a time: with them come their places, 8 bytes each.
+SORTED_SCORES = 1 << 24
 
 
 class MobaPattern:
@@ -49,19 +52,19 @@ class MobaPattern:
 
     def index(self, q: Tensor, k: Tensor, site: Site, kept: Choice | None) -> tuple[SparsePattern, Choice | None]:
         """See `Pattern`."""
-        recipe, block = self.recipe, site.placement.block
+        recipe = self.recipe
         if kept is None:
-            chunk = block if recipe.chunk is None else recipe.chunk
+            chunk = site.placement.block if recipe.chunk is None else recipe.chunk
             kept = select_moba(q, k, site.documents, site.placement, chunk=chunk, top_k=recipe.top_k)
         assert isinstance(kept, BlockChoice)
-        return kept.pattern(site.documents, block, sink=recipe.sink, local=recipe.local), kept
+        return kept.pattern(site.documents, site.placement, sink=recipe.sink, local=recipe.local), kept
 
 
 @torch.no_grad()
 def select_moba(
     q: Tensor, k: Tensor, documents: Documents, placement: Placement, *, chunk: int, top_k: int
 ) -> BlockChoice:
-    """The chunks of one layer as blocks (module docstring), the same on every rank. Equal scores: the earlier chunk.
+    """The chunks of this rank's query blocks in one layer, as blocks (module docstring). Equal scores: the earlier chunk.
 
     Args:
         q, k: this rank's shards [B, n, H, D] and [B, n, K, D] after rotary embedding.
@@ -91,19 +94,31 @@ def select_moba(
     share = -(-batch * heads // ring.world_size)
     mine = range(ring.rank * share, (ring.rank + 1) * share)
     chosen = torch.zeros(share, size, hidden.shape[2], dtype=torch.bool, device=q.device)
+    lines = max(1, SORTED_SCORES // hidden.shape[2])
     with torch.autocast(q.device.type, enabled=False):
         for place, unit in enumerate(mine):
             if unit >= batch * heads:
                 break
             row, head = divmod(unit, heads)
             gate = queries[row, :, head] @ keys[row, :, head // (heads // kv_heads)].T
-            gate = gate.masked_fill(hidden[row], -torch.inf).masked_fill(own, torch.inf)
-            order = gate.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-            chosen[place].scatter_(-1, order, True).masked_fill_(hidden[row], False)
-    if ring.world_size > 1:
-        chosen = unpack_bits(torch.cat(ring.all_gather(pack_bits(chosen))), chosen.shape[-1])
-    chosen = chosen[: batch * heads].unflatten(0, (batch, heads))
-    return BlockChoice(chosen.repeat_interleave(per, 3)[..., :size])
+            gate.masked_fill_(hidden[row], -torch.inf).masked_fill_(own, torch.inf)
+            for part, into in zip(gate.split(lines), chosen[place].split(lines), strict=True):
+                into.scatter_(-1, part.sort(dim=-1, descending=True, stable=True).indices[:, :top_k], True)
+            chosen[place].masked_fill_(hidden[row], False)
+    chosen = _to_their_ranks(chosen, placement)[: batch * heads].unflatten(0, (batch, heads))
+    return BlockChoice(BlockRows.of_table(chosen.repeat_interleave(per, 3)[..., :size], placement.blocks))
+
+
+def _to_their_ranks(chosen: Tensor, placement: Placement) -> Tensor:
+    """bool [heads of all ranks, n, chunks] of the n query blocks held here, from each rank's own [its heads, NB, chunks]: one
+    all-to-all of bits."""
+    layout, size = placement.layout, placement.num_blocks
+    if layout is None:
+        return chosen
+    packed = pack_bits(chosen)
+    wanted = [upload(layout.blocks(rank).clamp(max=size - 1), packed.device) for rank in range(layout.ranks)]
+    received = placement.ring.all_to_all([packed.index_select(1, rows) for rows in wanted])
+    return unpack_bits(torch.cat(received), chosen.shape[-1])
 
 
 def _chunks_seen(

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtrain.comm import Ring, SingleRing
 from mtrain.errors import MtrainError
 from mtrain.layout import RingLayout
-from sparse_kernels.pattern import upload
+from sparse_kernels.bits import upload
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from mtrain.errors import CheckpointError, MtrainError
 from mtrain.layout import RingLayout
 from mtrain.patterns.a_shape import a_shape_of
 from mtrain.patterns.base import Choice, Pattern, Site
+from mtrain.patterns.blocks import BlockChoice
 from mtrain.patterns.budget import Budget, Coverage, TopK
 from mtrain.patterns.dense import dense_pattern
 from mtrain.patterns.documents import Documents
@@ -120,10 +121,11 @@ def budget_of(recipe: CoverageBudget | TopKBudget) -> Budget:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A choice made at ``step``: packed bits uint8 [B, H, bytes]."""
+    """A choice made at ``step``: packed bits uint8 [B, H, bytes], ``name``d after their kind."""
 
     step: int
     block: int
+    name: str
     bits: Tensor
 
 
@@ -176,7 +178,8 @@ class PatternPlan:
         scale: float | None = None,
         keep: bool = True,
     ) -> SparsePattern:
-        """The pattern of a layer, identical on every rank of the ring.
+        """The pattern of a layer: columns and diagonals are identical on every rank of the ring, single blocks are those of this
+        rank's query blocks.
 
         Args:
             q, k: this rank's shards [B, n, H, D] and [B, n, K, D] after rotary embedding (the whole sequence without
@@ -193,15 +196,15 @@ class PatternPlan:
         kept = self._usable(key, q, site.placement, step if keep else None)
         pattern, selection = self.pattern.index(q, k, site, kept)
         if keep and kept is None and selection is not None and self.recipe.refresh_every != 1:
-            self._kept[key] = _Kept(step, site.placement.block, selection.pack())
+            self._kept[key] = _Kept(step, site.placement.block, selection.name, selection.pack(site.placement))
         return pattern
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is kept between steps: per layer and length the packed choice and int64 [step, block]. Empty for
-        every_step."""
+        """What is kept between steps: per layer and length the packed choice and int64 [step, block], the same on every rank
+        of the ring. Empty for every_step."""
         state: dict[str, Tensor] = {}
         for (layer, seq_len), kept in sorted(self._kept.items()):
-            state[f"{layer}.{seq_len}.bits"] = kept.bits.cpu()
+            state[f"{layer}.{seq_len}.{kept.name}"] = kept.bits.cpu()
             state[f"{layer}.{seq_len}.made"] = torch.tensor([kept.step, kept.block])
         return state
 
@@ -213,12 +216,13 @@ class PatternPlan:
             if what == "made":
                 continue
             layer, _, seq_len = head.partition(".")
-            if what != "bits" or f"{head}.made" not in state or not (layer.isdigit() and seq_len.isdigit()):
+            known = what in (Selection.name, BlockChoice.name) and f"{head}.made" in state
+            if not (known and layer.isdigit() and seq_len.isdigit()):
                 raise CheckpointError(
-                    f"the kept patterns hold {name!r}; expected LAYER.LENGTH.bits with LAYER.LENGTH.made"
+                    f"the kept patterns hold {name!r}; expected LAYER.LENGTH.bits or .block_bits with LAYER.LENGTH.made"
                 )
             step, block = (int(x) for x in state[f"{head}.made"])
-            self._kept[int(layer), int(seq_len)] = _Kept(step, block, bits)
+            self._kept[int(layer), int(seq_len)] = _Kept(step, block, what, bits)
 
     def _usable(self, key: tuple[int, int], q: Tensor, placement: Placement, step: int | None) -> Choice | None:
         """What is kept for this layer, unless a new estimate is due; None as a step is never due."""
@@ -230,10 +234,10 @@ class PatternPlan:
         if kept.bits.shape[1] != q.shape[2]:
             raise CheckpointError(f"the kept patterns are for {kept.bits.shape[1]} heads; the model has {q.shape[2]}")
         expected = -(-keeps.bits(placement.seq_len, placement.num_blocks) // 8)
-        if kept.bits.shape[2] != expected:
+        if kept.name != keeps.name or kept.bits.shape[2] != expected:
             raise CheckpointError(
-                f"the kept patterns hold {kept.bits.shape[2]} bytes per head, those of {self.recipe.pattern} at "
-                f"{placement.seq_len} tokens {expected}: they were made by another attention.pattern; set "
+                f"the kept patterns hold {kept.bits.shape[2]} bytes of {kept.name} per head, those of {self.recipe.pattern} at "
+                f"{placement.seq_len} tokens {expected} of {keeps.name}: they were made by another attention.pattern; set "
                 "attention.refresh=every_step, or go on with the pattern that made them"
             )
         # A batch of another size re-uses the rows in turn.

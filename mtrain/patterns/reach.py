@@ -15,6 +15,7 @@ from torch import Tensor
 from mtrain.errors import MtrainError
 from mtrain.patterns.recall import CHUNK, chosen_pairs
 from sparse_kernels import SparsePattern
+from sparse_kernels.bits import upload
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def reach_by_distance(
     are pooled. Cost: B * H * len(rows) * S looks at the mask, memory B * H * len(rows) * 4096 bits.
 
     Args:
-        pattern: the global pattern.
+        pattern: the global pattern, or one that serves the blocks of the rows (`mtrain.patterns.blocks.with_rows`).
         rows: the queries to look at, for example `scattered_rows`; None: all.
         doc_start: int64 [B, S], whole; None: one document.
 
@@ -39,14 +40,14 @@ def reach_by_distance(
     rows = range(size) if rows is None else rows
     if not rows or min(rows) < 0 or max(rows) >= size:
         raise MtrainError(f"reach needs rows from 0 to {size - 1}, got {list(rows)[:8]}")
-    row = torch.tensor(list(rows), device=device)
+    row = upload(torch.tensor(list(rows)), device)
     start = torch.zeros(1, 1, dtype=torch.int64, device=device) if doc_start is None else doc_start.to(device)[:, row]
     powers = 2 ** torch.arange(max(1, (size - 1).bit_length()), device=device)
     counts = torch.zeros(3, powers.numel() + 1, dtype=torch.float64, device=device)  # the last slot takes distance 0
     for first in range(0, size, CHUNK):
         key = torch.arange(first, min(first + CHUNK, size), device=device)
         seen = ((key <= row[:, None]) & (key >= start[..., None])).expand(pattern.batch, -1, -1)
-        held = chosen_pairs(pattern, row, key) & seen[:, None]
+        held = chosen_pairs(pattern, rows, key) & seen[:, None]
         bucket = torch.bucketize(row[:, None] - key, powers, right=True) - 1
         bucket = torch.where(bucket < 0, powers.numel(), bucket).flatten()
         sums = [seen.sum(0), held.sum((0, 1)) / pattern.heads, held.any(1).sum(0)]

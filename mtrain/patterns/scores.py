@@ -20,8 +20,8 @@ from mtrain.patterns.documents import Documents, Probes
 from mtrain.patterns.fixed_point import exponential_unit, probability_factor
 from mtrain.patterns.kernel_scores import KernelPass
 from mtrain.patterns.placement import Placement
+from sparse_kernels.bits import upload
 from sparse_kernels.gpu.probe import unusable
-from sparse_kernels.pattern import upload
 from sparse_kernels.reference import accumulation_dtype
 
 # Tokens per tile: cache-sized on a CPU, few launches on a GPU. Never derived from the number of ranks.

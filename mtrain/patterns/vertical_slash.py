@@ -102,7 +102,7 @@ def select_vertical_slash(
     offsets = lower_distances(budget.choose_slashes(scores.slashes, head_of), placement.block)
     mine = Selection(budget.choose_columns(scores.columns, head_of), offsets)
     if placement.ring.world_size > 1:
-        packed = torch.cat(placement.ring.all_gather(mine.pack()))
+        packed = torch.cat(placement.ring.all_gather(mine.pack(placement)))
         mine = Selection.unpack(packed, placement.seq_len, placement.num_blocks)
     return Selection(*(_by_head(x, batch, scored, heads // scored) for x in (mine.columns, mine.offsets)))
 

@@ -16,9 +16,10 @@ Forced are the diagonal block, the blocks of the first ``sink`` tokens of the do
 it is not later and its last token belongs to the document of the group's first token, so a group that straddles two documents
 mixes them in the estimate (never in the attention). Choices are made per query head.
 
-A rank scores its own query blocks against all keys, so the keys of the layer are gathered: S * K * D elements per batch row,
-half of what the gather schedule holds. A tile's shape depends on the sequence alone and a query block is a matrix of its own in
-it, so the choice is bit for bit that of one process.
+A rank scores its own query blocks against all keys, so the keys of the layer are gathered for as long as that takes: 4 * S *
+K * D bytes per batch row, twice while they are put in groups. Scores are held a tile at a time, and choices leave it as
+bits. A tile's shape depends on the sequence alone and a query block is a matrix of its own in it, so the choice is bit for
+bit that of one process.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from torch import Tensor
 
 from mtrain.errors import MtrainError
 from mtrain.patterns.base import Choice, Site
-from mtrain.patterns.blocks import BlockChoice, join_rows, local_blocks, sink_blocks
+from mtrain.patterns.blocks import BlockChoice, local_blocks, sink_blocks
 from mtrain.patterns.budget import cover_to
 from mtrain.patterns.documents import Documents
 from mtrain.patterns.fixed_point import exponential_unit, probability_factor
 from mtrain.patterns.placement import Placement
 from mtrain.recipe.schema import AttentionRecipe
-from sparse_kernels import SparsePattern
-from sparse_kernels.pattern import upload
+from sparse_kernels import BlockRows, SparsePattern
+from sparse_kernels.bits import pack_bits, upload
 from sparse_kernels.reference import accumulation_dtype
 
 # Scores held at a time, and query tokens per tile; never derived from the number of ranks.
@@ -70,7 +71,7 @@ class XAttentionPattern:
                 scale=site.scale,
             )
         assert isinstance(kept, BlockChoice)
-        return kept.pattern(site.documents, site.placement.block, sink=recipe.sink, local=recipe.local), kept
+        return kept.pattern(site.documents, site.placement, sink=recipe.sink, local=recipe.local), kept
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def select_xattention(
     local: int,
     scale: float | None = None,
 ) -> BlockChoice:
-    """The blocks of one layer beyond the forced ones (module docstring), the same on every rank.
+    """The blocks of this rank's query blocks in one layer beyond the forced ones (module docstring).
 
     Args:
         q, k: this rank's shards [B, n, H, D] and [B, n, K, D] after rotary embedding.
@@ -104,7 +105,7 @@ def select_xattention(
     with torch.autocast(q.device.type, enabled=False):
         tiles = _Tiles(q, k, documents, placement, stride, q.shape[-1] ** -0.5 if scale is None else scale)
         batch, heads, held = q.shape[0], q.shape[2], placement.blocks.numel()
-        chosen = torch.zeros(batch, heads, held, placement.num_blocks, dtype=torch.bool, device=q.device)
+        chosen = torch.empty(batch, heads, held, -(-placement.num_blocks // 8), dtype=torch.uint8, device=q.device)
         for b in range(batch):
             for first in range(0, held, tiles.count):
                 rows = placement.blocks[first : first + tiles.count]
@@ -112,8 +113,8 @@ def select_xattention(
                 one = Documents(documents.seq_len, None if documents.start is None else documents.start[b : b + 1])
                 forced = local_blocks(one, placement.block, local, rows, q.device)
                 forced = forced | sink_blocks(one, placement.block, sink, rows, 1, q.device)[0]
-                chosen[b, :, first : first + rows.numel()] = _choose(scores, forced, threshold)
-    return BlockChoice(join_rows(chosen, placement))
+                chosen[b, :, first : first + rows.numel()] = pack_bits(_choose(scores, forced, threshold))
+    return BlockChoice(BlockRows.of_packed(chosen, placement.num_blocks, placement.blocks))
 
 
 def _choose(scores: Tensor, forced: Tensor, threshold: float) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mtrain.recipe.schema import AttentionRecipe, Recipe, TopKBudget
 
-# Bytes of a head's table of blocks beyond which a warning is due.
-BLOCK_TABLE = 4 << 20
+# Bytes of a head's chosen blocks, on one rank and in one layer, beyond which a warning is due.
+CHOSEN_BLOCKS = 1 << 20
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -18,6 +18,7 @@ def warnings(recipe: Recipe) -> list[str]:
             f"{blocks} blocks for {ring} ranks: some ranks hold only padding; lower attention.block or parallel"
         )
     found += _of_pattern(attention, train.seq_len)
+    found += _of_chosen_blocks(attention, blocks, ring)
     if ring > 1 and attention.layout == "contiguous":
         found.append(
             "contiguous layout: causal attention leaves the first rank nearly idle; striped or balanced spread the work"
@@ -40,7 +41,6 @@ def warnings(recipe: Recipe) -> list[str]:
 def _of_pattern(attention: AttentionRecipe, seq_len: int) -> list[str]:
     """Patterns that compute everything, or keep more than they need."""
     found = []
-    blocks = -(-seq_len // attention.block)
     if attention.pattern != "dense" and attention.sink + attention.local >= seq_len:
         found.append(f"sink {attention.sink} + local {attention.local} cover all {seq_len} tokens: attention is dense")
     chunk = attention.chunk or attention.block
@@ -57,9 +57,24 @@ def _of_pattern(attention: AttentionRecipe, seq_len: int) -> list[str]:
                     f"attention.budget.{name}={count}: {attention.pattern} computes everything at {seq_len} tokens; "
                     f"lower {name}"
                 )
-    if attention.pattern in ("xattention", "moba") and blocks**2 > BLOCK_TABLE:
+    return found
+
+
+def _of_chosen_blocks(attention: AttentionRecipe, blocks: int, ring: int) -> list[str]:
+    """A bit per pair of blocks that is not in the future: of a rank's own query blocks until the backward pass, and of all where
+    a choice is kept for later steps."""
+    if attention.pattern not in ("xattention", "moba"):
+        return []
+    whole = blocks * (blocks + 1) / 16
+    found = []
+    if whole / ring > CHOSEN_BLOCKS:
         found.append(
-            f"{attention.pattern} keeps a table of {blocks} x {blocks} blocks for every head of every layer, "
-            f"{blocks**2 / 2**20:,.0f} MiB each: raise attention.block"
+            f"{attention.pattern} keeps {whole / ring / 2**20:,.1f} MiB of chosen blocks for every head of every layer until the "
+            "backward pass: raise attention.block, or spread the sequence over more ranks"
+        )
+    if attention.refresh != "every_step" and whole > CHOSEN_BLOCKS:
+        found.append(
+            f"attention.refresh keeps the choices of all {blocks} blocks over steps, {whole / 2**20:,.1f} MiB for every head of "
+            "every layer on every rank: raise attention.block, or estimate at every_step"
         )
     return found

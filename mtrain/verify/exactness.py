@@ -17,10 +17,11 @@ from torch import Tensor
 from mtrain.attention import ring_attention
 from mtrain.comm import Ring, run_ranks
 from mtrain.layout import RingLayout, padded_blocks
-from mtrain.patterns import TopK, a_shape_pattern, estimate_vertical_slash
+from mtrain.patterns import PatternPlan, TopK, a_shape_pattern, estimate_vertical_slash
+from mtrain.recipe.schema import AttentionRecipe, TopKBudget
 from sparse_kernels import SparsePattern, reference_attention
 
-PATTERNS = ("dense", "a_shape", "vertical_slash", "random")
+PATTERNS = ("dense", "a_shape", "vertical_slash", "random", "xattention", "moba", "random_columns")
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced", "random")
 SCHEDULES = ("ring", "gather")
 TOPOLOGIES = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4))
@@ -29,6 +30,14 @@ BACKENDS = ("reference", "cpu")
 # Not divisible by the block, by any number of ranks, or by two.
 SEQ_LEN, BLOCK, HEAD_DIM = 149, 8, 8
 NAMES = ("out", "lse", "dq", "dk", "dv")
+# The patterns that are made as in a run.
+RECIPES = {
+    "xattention": AttentionRecipe(pattern="xattention", block=BLOCK, sink=2, local=5, stride=4, threshold=0.4),
+    "moba": AttentionRecipe(pattern="moba", block=BLOCK, sink=2, local=5, chunk=16, top_k=2),
+    "random_columns": AttentionRecipe(
+        pattern="random_columns", block=BLOCK, sink=2, local=5, budget=TopKBudget(columns=9, slashes=2)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,8 @@ def make_pattern(kind: str, q: Tensor, k: Tensor, doc_start: Tensor, generator: 
         # Random attention is flat: half of its mass, as a coverage, would lie on nearly all block offsets, a dense mask.
         budget = TopK(columns=tuple(range(9, 9 + heads)), slashes=2)
         return estimate_vertical_slash(q, k, budget=budget, block=BLOCK, sink=2, local=5, probe=16, doc_start=doc_start)
+    if kind in RECIPES:
+        return PatternPlan(RECIPES[kind], 1).index(0, q, k, doc_start=doc_start)
     assert kind == "random", kind
     blocks = -(-SEQ_LEN // BLOCK)
     columns = torch.rand(batch, heads, SEQ_LEN, generator=generator).argsort(-1)[..., :11].sort(-1).values.int()

@@ -202,10 +202,12 @@ class Bench:
 
     def densities(self) -> tuple[float, float]:
         """Of the newest forward, means over layers: (allowed pairs, computed tile area) over the causal ones."""
-        patterns = list(self.model.mtrain_context.latest.index.values())
+        context = self.model.mtrain_context
+        patterns = list(context.latest.index.values())
         if not patterns or patterns[0].full:
             return 1.0, 1.0
-        return tuple(sum(measure(p) for p in patterns) / len(patterns) for measure in (mask_density, tile_density))  # type: ignore[return-value]
+        found = [(mask_density(p, ring=context.ring), tile_density(p, ring=context.ring)) for p in patterns]
+        return tuple(sum(column) / len(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
 
     def recover(self) -> None:
         """After an out-of-memory, outside of its handler (whose traceback holds tensors): give everything back."""

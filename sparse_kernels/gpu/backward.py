@@ -11,6 +11,9 @@ import triton.language as tl
 
 from sparse_kernels.gpu.structured import (
     column_keep,
+    column_state,
+    entry_after,
+    first_entry,
     key_gradient,
     load_lse2,
     load_rows,
@@ -44,9 +47,10 @@ def gradient_of_rows(
 ):  # fmt: skip
     """Steps [begin, end) of a query tile, as in `attend_tiles`."""
     key = tl.arange(0, BN)
+    entry = first_entry(entries, begin, end, PB // BN)
     for step in range(begin, end):
-        entry = tl.load(entries + step // (PB // BN))
-        k_slot = entry if LISTED else q_slot - entry
+        here, entry = entry, entry_after(entries, step, end, PB // BN)
+        k_slot = here if LISTED else q_slot - here
         k_inner = (step % (PB // BN)) * BN + key
         k_first = k_slot.to(tl.int64) * PB
         live = k_inner < seq_len - q_id * PB
@@ -67,7 +71,7 @@ def dq_kernel(
     q_blocks, num_heads, num_entries, num_columns, num_blocks, seq_len, scale, scale2,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DOCS: tl.constexpr,
-    LISTED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    LISTED: tl.constexpr, SPREAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile of one head. Grid and order as in `forward_kernel`."""
     pid, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -114,13 +118,19 @@ def dq_kernel(
 
     if HAS_COLUMNS:
         first_column, last_column = tl.load(ranges + index * 2), tl.load(ranges + index * 2 + 1)
-        for start in range(first_column, last_column, BN):
-            lane = start + tl.arange(0, BN)
-            column = bh * num_columns + tl.minimum(lane, last_column - 1)
-            k_rows = tl.load(column_rows + column)
-            keep = column_keep(
-                positions, covered + bh * num_blocks, column, lane < last_column, q_id, doc, PB, HAS_DOCS
-            )
+        covered += bh * num_blocks
+        positions += bh * num_columns
+        column_rows += bh * num_columns
+        lane = first_column + tl.arange(0, BN)
+        last = tl.maximum(last_column - 1, 0)
+        next_rows = tl.load(column_rows + tl.minimum(lane, last))
+        place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
+        for _ in range(first_column, last_column, BN):
+            k_rows = next_rows
+            keep = column_keep(place, wanted, doc, HAS_DOCS)
+            lane += BN
+            next_rows = tl.load(column_rows + tl.minimum(lane, last))
+            place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
             keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
             values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
             acc = row_gradient(acc, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)
@@ -143,9 +153,11 @@ def gradient_of_keys(
     """
     inner = tl.arange(0, BM)
     subs = PB // BM - first_sub
+    entry = tl.load(entries + begin, mask=begin < end, other=0)
     for step in range(begin * subs, end * subs):
-        entry = tl.load(entries + step // subs)
-        q_slot = entry if LISTED else k_slot + entry
+        here = entry
+        entry = tl.load(entries + tl.minimum((step + 1) // subs, end - 1))
+        q_slot = here if LISTED else k_slot + here
         q_inner = (first_sub + step % subs) * BM + inner
         first = q_slot.to(tl.int64) * PB
         live = q_inner < tl.where(q_slot == tail_slot, tail_rows, PB)

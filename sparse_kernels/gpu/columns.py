@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_kernels.gpu.structured import key_gradient, load_rows, load_state, load_tile
+from sparse_kernels.gpu.structured import entry_after, first_entry, key_gradient, load_rows, load_state, load_tile
 
 
 @triton.jit(
@@ -64,10 +64,14 @@ def column_kernel(
     acc_k = tl.zeros((BN, DP), tl.float32)
     acc_v = tl.zeros((BN, DP), tl.float32)
     inner = tl.arange(0, BM)
-    for step in range(low * (PB // BM), high * (PB // BM)):
-        q_slot, q_id = tl.load(order + step // (PB // BM)), tl.load(ordered_ids + step // (PB // BM))
-        first = q_slot.to(tl.int64) * PB + (step % (PB // BM)) * BM
-        live = inner < seq_len - q_id * PB - (step % (PB // BM)) * BM  # rows of padding may hold NaN
+    SUB: tl.constexpr = PB // BM
+    next_slot = first_entry(order, low * SUB, high * SUB, SUB)
+    next_id = first_entry(ordered_ids, low * SUB, high * SUB, SUB)
+    for step in range(low * SUB, high * SUB):
+        q_slot, next_slot = next_slot, entry_after(order, step, high * SUB, SUB)
+        q_id, next_id = next_id, entry_after(ordered_ids, step, high * SUB, SUB)
+        first = q_slot.to(tl.int64) * PB + (step % SUB) * BM
+        live = inner < seq_len - q_id * PB - (step % SUB) * BM  # rows of padding may hold NaN
         queries = load_tile(q, first, inner, q_row, live, D, DP, TAIL, UPCAST)
         grads = load_tile(dout, first, inner, dout_row, live, D, DP, TAIL, UPCAST)
         offset = q_id - home

@@ -7,6 +7,7 @@ a kernel tuned while it runs makes the times of steps, and the order of addition
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -25,53 +26,75 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def spread(self) -> int:
+        """Threads of a program for each key row of the tile."""
+        return max(1, 32 * self.warps // self.n)
+
     def within(self, block: int) -> Tile:
         """The same shape cut so that a tile lies inside one pattern block."""
         return Tile(min(self.m, block), min(self.n, block), self.warps, self.stages)
 
 
-# Whose rows a device uses: see `generation`.
-AMPERE, HOPPER = 8, 9
+# Whose rows a device uses: see `generation`. SMALL are those with about 99 KiB of shared memory: sm_86, sm_89, sm_120.
+AMPERE, HOPPER, SMALL = 80, 90, 86
 Key = tuple[int, int, int]  # generation, padded head_dim, bytes per element
+# In 16 bits three stages wherever they fit: with two, a loop asks for a tile at the end of one step and awaits it at the start of
+# the next (`resources.Resources.ahead`), so that nothing hides the way from memory.
 _FORWARD: dict[Key, tuple[Tile, ...]] = {
-    (8, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-    (8, 128, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
-    (9, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-    (9, 128, 2): (Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
-    (8, 64, 4): (Tile(32, 32, 8, 2),),
-    (8, 128, 4): (Tile(32, 32, 8, 2),),
-    (9, 64, 4): (Tile(32, 32, 8, 2),),
-    (9, 128, 4): (Tile(32, 32, 8, 2),),
-    (8, 256, 2): (Tile(64, 32, 8, 2),),
-    (9, 256, 2): (Tile(64, 32, 8, 2),),
+    (AMPERE, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    (AMPERE, 128, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
+    (AMPERE, 256, 2): (Tile(64, 32, 8, 2),),
+    (AMPERE, 64, 4): (Tile(32, 32, 8, 2),),
+    (AMPERE, 128, 4): (Tile(32, 32, 8, 2),),
+    (HOPPER, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    (HOPPER, 128, 2): (Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
+    (HOPPER, 256, 2): (Tile(64, 32, 8, 2),),
+    (HOPPER, 64, 4): (Tile(32, 32, 8, 2),),
+    (HOPPER, 128, 4): (Tile(32, 32, 8, 2),),
 }
 _DQ: dict[Key, tuple[Tile, ...]] = {
-    (8, 64, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (8, 128, 2): (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
-    (9, 64, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (9, 128, 2): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (8, 64, 4): (Tile(32, 32, 8, 2),),
-    (8, 128, 4): (Tile(16, 32, 4, 1),),
-    (9, 64, 4): (Tile(32, 32, 8, 2),),
-    (9, 128, 4): (Tile(16, 32, 4, 1),),
-    (8, 256, 2): (Tile(32, 32, 8, 1),),
-    (9, 256, 2): (Tile(32, 32, 8, 1),),
+    (AMPERE, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
+    (AMPERE, 128, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
+    (AMPERE, 256, 2): (Tile(32, 32, 8, 1),),
+    (AMPERE, 64, 4): (Tile(32, 32, 8, 2),),
+    (AMPERE, 128, 4): (Tile(16, 32, 4, 1),),
+    (HOPPER, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    (HOPPER, 128, 2): (Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
+    (HOPPER, 256, 2): (Tile(32, 32, 8, 1),),
+    (HOPPER, 64, 4): (Tile(32, 32, 8, 2),),
+    (HOPPER, 128, 4): (Tile(16, 32, 4, 1),),
 }
 _DKDV: dict[Key, tuple[Tile, ...]] = {
-    (8, 64, 2): (Tile(32, 128, 8, 3),),
-    (8, 128, 2): (Tile(64, 64, 8, 2),),
-    (9, 64, 2): (Tile(64, 128, 8, 2),),
-    (9, 128, 2): (Tile(32, 128, 8, 3),),
-    (8, 64, 4): (Tile(32, 32, 8, 2),),
-    (8, 128, 4): (Tile(32, 16, 8, 1),),
-    (9, 64, 4): (Tile(32, 32, 8, 2),),
-    (9, 128, 4): (Tile(32, 16, 8, 1),),
-    (8, 256, 2): (Tile(32, 32, 8, 1),),
-    (9, 256, 2): (Tile(32, 32, 8, 1),),
+    (AMPERE, 64, 2): (Tile(32, 128, 8, 3),),
+    (AMPERE, 128, 2): (Tile(64, 64, 8, 3),),
+    (AMPERE, 256, 2): (Tile(32, 32, 8, 1),),
+    (AMPERE, 64, 4): (Tile(32, 32, 8, 2),),
+    (AMPERE, 128, 4): (Tile(32, 16, 8, 1),),
+    (HOPPER, 64, 2): (Tile(64, 128, 8, 3),),
+    (HOPPER, 128, 2): (Tile(32, 128, 8, 3),),
+    (HOPPER, 256, 2): (Tile(32, 32, 8, 1),),
+    (HOPPER, 64, 4): (Tile(32, 32, 8, 2),),
+    (HOPPER, 128, 4): (Tile(32, 16, 8, 1),),
+    (SMALL, 128, 2): (Tile(32, 64, 8, 3),),
 }
-_COLUMNS = {**_DKDV, (8, 64, 2): (Tile(32, 64, 8, 2),), (9, 128, 2): (Tile(64, 64, 8, 2),)}
+_COLUMNS = {**_DKDV, (AMPERE, 64, 2): (Tile(32, 64, 8, 3),)}
+
+
+Row = TypeVar("Row")
+
+
+def with_small(rows: dict[Key, Row]) -> dict[Key, Row]:
+    """The rows, and those of AMPERE for SMALL where it has none of its own."""
+    shared = {(SMALL, head_dim, size): row for (kind, head_dim, size), row in rows.items() if kind == AMPERE}
+    return {**shared, **rows}
+
+
 # Per kernel and device the tiles to choose from: the first whose query rows fit the pattern block.
-TABLE = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "columns": _COLUMNS}
+TABLE = {
+    name: with_small(rows)
+    for name, rows in (("forward", _FORWARD), ("dq", _DQ), ("dkdv", _DKDV), ("columns", _COLUMNS))
+}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -80,11 +103,11 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def generation(major: int, shared: int) -> int:
-    """Whose rows a device of this compute capability (major) with so many bytes of shared memory per block uses.
-
-    AMPERE's fit 99 KiB: sm_80, and sm_86, sm_89 and sm_120, which have no more. Newer devices use the newest rows that fit.
-    """
-    return HOPPER if major >= HOPPER and shared >= 224 * 1024 else AMPERE
+    """Whose rows a device of this compute capability (major) with so many bytes of shared memory per block uses: the newest
+    that fit."""
+    if major >= 9 and shared >= 224 * 1024:
+        return HOPPER
+    return AMPERE if shared >= 160 * 1024 else SMALL
 
 
 def generation_of(device: torch.device) -> int:

@@ -38,8 +38,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
             kernels.forward_kernel[call.query_grid(tiles)](
                 call.q, call.k, call.v, out, lse, carry_out, carry_lse, *call.row_arguments(),
                 call.scale2, call.heads, call.group, call.seq_len, call.num_q, call.num_blocks, call.room,
-                call.width, *call.strides(), *call.block_strides(),
-                HAS_CARRY=carry is not None, **call.flags(), **call.launch(tiles),
+                call.width, *call.strides(), *call.bit_strides(),
+                HAS_CARRY=carry is not None, SPREAD=tiles.spread, **call.flags(), **call.launch(tiles),
             )  # fmt: skip
         return out, lse
 
@@ -85,13 +85,14 @@ class _Gradient:
             kernels.dq_kernel[call.query_grid(tiles)](
                 call.q, call.k, call.v, self.dout, self.lse, self.delta, dq, *call.row_arguments(),
                 call.scale2, self.scale, call.heads, call.group, call.seq_len, call.num_q, call.num_blocks, call.room, call.width,
-                *call.strides(self.dout), *call.block_strides(), **call.flags(), **call.launch(tiles),
+                *call.strides(self.dout), *call.bit_strides(), SPREAD=tiles.spread, **call.flags(), **call.launch(tiles),
             )  # fmt: skip
         return dq
 
     def of_tiles(self) -> tuple[Tensor, Tensor]:
         """dk and dv of the listed tiles; zeros where there are none."""
-        call, cols = self.call, self.call.index.cols
+        call = self.call
+        cols = call.index.tiles(by_column=True)
         if cols is None:
             nothing = torch.zeros(2, *call.k.shape, dtype=torch.float32, device=call.k.device)
             return nothing[0], nothing[1]
@@ -123,10 +124,9 @@ class _Gradient:
         parts = [torch.empty(shape, dtype=torch.float32, device=dk.device) for _ in range(2)]
         kernels.column_kernel[(triton.cdiv(held, tiles.n), call.batch * call.heads)](
             call.q, call.k, call.v, self.dout, self.lse, self.delta, *parts, index.doc_start,
-            index.q_ids, columns.order, index.offsets, index.blocks if index.blocks is not None else index.offsets,
-            columns.position, columns.row, columns.first,
+            index.q_ids, columns.order, index.offsets, *call.bit_arguments(), columns.position, columns.row, columns.first,
             call.scale2, self.scale, call.heads, call.group, call.seq_len, call.num_q, columns.live, call.num_blocks, call.width,
-            first, held, *call.strides(self.dout), *call.block_strides(), HAS_BLOCKS=index.blocks is not None,
+            first, held, *call.strides(self.dout), *call.bit_strides(), HAS_BLOCKS=index.bits is not None,
             HAS_DOC=index.doc_start is not None, TAIL=call.has_tail, **call.launch(tiles),
         )  # fmt: skip
         rows = 64
@@ -166,7 +166,7 @@ class _Call:
         self.scale2 = scale * LOG2E
         self.block_d = padded_head_dim(self.head_dim)
         self.index: ViewIndex = index_of(view, q.device)
-        self.room = 0 if self.index.rows is None else self.index.rows.entries.shape[2]
+        self.room = self.index.room
         self.width = 0 if self.index.columns is None else self.index.columns.position.shape[2]
 
     def tile(self, kernel: str) -> Tile:
@@ -182,31 +182,34 @@ class _Call:
     def row_arguments(self) -> tuple[Any, ...]:
         """doc_start .. column_before of the kernels over query rows. What a view has not is never read."""
         index, nothing = self.index, self.index.q_ids
-        tiles = (nothing,) * 4 if index.rows is None else (
-            index.rows.diagonal, index.rows.start, index.rows.count, index.rows.entries
-        )  # fmt: skip
+        rows = index.tiles(by_column=False)
+        tiles = (nothing,) * 4 if rows is None else (rows.diagonal, rows.start, rows.count, rows.entries)
         columns = (nothing,) * 3 if index.columns is None else (
             index.columns.position, index.columns.row, index.columns.before
         )  # fmt: skip
-        blocks = index.offsets if index.blocks is None else index.blocks
-        return index.doc_start, index.q_ids, index.k_ids, *tiles, index.offsets, blocks, *columns
+        return index.doc_start, index.q_ids, index.k_ids, *tiles, index.offsets, *self.bit_arguments(), *columns
+
+    def bit_arguments(self) -> tuple[Tensor, Tensor]:
+        """The bits of the single blocks, and where the row of each query slot begins in them."""
+        bits = self.index.bits
+        return (self.index.offsets if bits is None else bits), self.index.bits_row
 
     def strides(self, dout: Tensor | None = None) -> tuple[int, ...]:
         """Batch, row and head strides of q, k, v and dout."""
         tensors = [self.q, self.k, self.v] + ([] if dout is None else [dout])
         return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
-    def block_strides(self) -> tuple[int, ...]:
-        """Strides of the single blocks."""
-        return (0, 0, 0, 0) if self.index.blocks is None else self.index.blocks.stride()
+    def bit_strides(self) -> tuple[int, ...]:
+        """Batch and head strides of the bits of the single blocks."""
+        return (0, 0) if self.index.bits is None else self.index.bits.stride()[:2]
 
     def flags(self) -> dict[str, bool]:
         """Which parts the kernels over query rows have."""
         index = self.index
         return {
-            "HAS_TILES": index.rows is not None,
+            "HAS_TILES": index.has_tiles,
             "HAS_COLUMNS": index.columns is not None,
-            "HAS_BLOCKS": index.blocks is not None,
+            "HAS_BLOCKS": index.bits is not None,
             "HAS_DOC": index.doc_start is not None,
         }
 

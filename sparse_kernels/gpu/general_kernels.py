@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparse_kernels.gpu.structured import entry_after, first_entry
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -64,23 +66,49 @@ def _attend(q, k, v, keep, acc, high, total, scale2, MASKED: tl.constexpr, PRECI
 
 
 @triton.jit
-def _covered(offsets, blocks, bh, blocks_base, q_id, key_block, live, blocks_sk, num_blocks, HAS_BLOCKS: tl.constexpr):
-    """Does the block part of query block ``q_id`` already hold these key blocks?"""
-    there = tl.load(offsets + bh * num_blocks + (q_id - key_block), mask=live, other=0) != 0
+def _covered(offsets, bits, q_id, key_block, live, HAS_BLOCKS: tl.constexpr):
+    """Does the block part of query block ``q_id``, whose row of single blocks is ``bits``, already hold these key blocks?"""
+    there = tl.load(offsets + (q_id - key_block), mask=live, other=0) != 0
     if HAS_BLOCKS:
-        there = there | (tl.load(blocks_base + key_block.to(tl.int64) * blocks_sk, mask=live, other=0) != 0)
+        byte = tl.load(bits + key_block // 8, mask=live, other=0).to(tl.int32)
+        there = there | (((byte >> (key_block % 8)) & 1) != 0)
     return there
+
+
+@triton.jit
+def _column_state(
+    positions,
+    rows,
+    offsets,
+    bits,
+    at,
+    number,
+    q_id,
+    BLOCK: tl.constexpr,
+    SPREAD: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+):
+    """int32 [columns] twice: positions, and 1 for those of the first ``number`` that are here and in no block of the pattern.
+
+    Loaded SPREAD times, once by every thread, for the reason that `structured.column_state` gives.
+    """
+    at = at[:, None] + tl.zeros([1, SPREAD], tl.int32)
+    place = tl.minimum(at, tl.maximum(number - 1, 0))
+    key = tl.load(positions + place)
+    live = (at < number) & (tl.load(rows + place) >= 0)
+    live = live & ~_covered(offsets, bits, q_id, key // BLOCK, live, HAS_BLOCKS)
+    return tl.max(key, 1), tl.max(live.to(tl.int32), 1)
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_q", "num_blocks", "room", "width"])
 def forward_kernel(
     q, k, v, out, lse, carry_out, carry_lse, doc_start,
-    q_ids, k_ids, diagonal, start, count, entries, offsets, blocks, column_position, column_row, column_before,
+    q_ids, k_ids, diagonal, start, count, entries, offsets, bits, bits_row, column_position, column_row, column_before,
     scale2, heads, group, seq_len, num_q, num_blocks, room, width,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, bits_sb, bits_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr,
-    HAS_CARRY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_CARRY: tl.constexpr, SPREAD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_M query rows of one head: the diagonal tile, the listed tiles, the columns."""
     SUB_M: tl.constexpr = BLOCK // BLOCK_M
@@ -122,8 +150,10 @@ def forward_kernel(
                 keep = keep & ((q_id * BLOCK + at)[None, :] >= low[:, None])
             acc, high, total = _attend(q_tile, k_tile, v_tile, keep, acc, high, total, scale2, True, PRECISION)
         list_base = entries + bh * room + tl.load(start + slot)
-        for step in range(tl.load(count + bh * num_q + slot) * SUB_N):
-            far = tl.load(list_base + step // SUB_N).to(tl.int32)
+        steps = tl.load(count + bh * num_q + slot) * SUB_N
+        following = first_entry(list_base, 0, steps, SUB_N).to(tl.int32)
+        for step in range(steps):
+            far, following = following, entry_after(list_base, step, steps, SUB_N).to(tl.int32)
             at = (step % SUB_N) * BLOCK_N + n
             k_tile = _load_rows(k_base, far * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
             v_tile = _load_rows(v_base, far * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -132,19 +162,23 @@ def forward_kernel(
                 keep = (tl.load(k_ids + far) * BLOCK + at)[None, :] >= low[:, None]
             acc, high, total = _attend(q_tile, k_tile, v_tile, keep, acc, high, total, scale2, HAS_DOC, PRECISION)
     if HAS_COLUMNS:
-        blocks_base = blocks + b * blocks_sb + h * blocks_sh + q_id.to(tl.int64) * blocks_sq
+        row_bits = bits + b * bits_sb + h * bits_sh + tl.load(bits_row + slot) if HAS_BLOCKS else bits
         number = tl.load(column_before + bh * num_q + slot)
-        for first in range(0, number, BLOCK_N):
-            at = first + n
-            key = tl.load(column_position + bh * width + at, mask=at < number, other=0)
-            row = tl.load(column_row + bh * width + at, mask=at < number, other=-1)
-            live = row >= 0
-            live = live & ~_covered(
-                offsets, blocks, bh, blocks_base, q_id, key // BLOCK, live, blocks_sk, num_blocks, HAS_BLOCKS
+        position_base, row_base = column_position + bh * width, column_row + bh * width
+        at, offset_base = n, offsets + bh * num_blocks
+        next_row = tl.load(row_base + at, mask=at < number, other=-1)
+        next_key, wanted = _column_state(
+            position_base, row_base, offset_base, row_bits, at, number, q_id, BLOCK, SPREAD, HAS_BLOCKS
+        )
+        for _ in range(0, number, BLOCK_N):
+            row, keep = next_row, (wanted != 0)[None, :] & (next_key[None, :] >= low[:, None])
+            at += BLOCK_N
+            next_row = tl.load(row_base + at, mask=at < number, other=-1)
+            next_key, wanted = _column_state(
+                position_base, row_base, offset_base, row_bits, at, number, q_id, BLOCK, SPREAD, HAS_BLOCKS
             )
-            k_tile = _load_rows(k_base, row, k_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
-            v_tile = _load_rows(v_base, row, v_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
-            keep = live[None, :] & (key[None, :] >= low[:, None])
+            k_tile = _load_rows(k_base, row, k_ss, row >= 0, HEAD_DIM, BLOCK_D, True, UPCAST)
+            v_tile = _load_rows(v_base, row, v_ss, row >= 0, HEAD_DIM, BLOCK_D, True, UPCAST)
             acc, high, total = _attend(q_tile, k_tile, v_tile, keep, acc, high, total, scale2, True, PRECISION)
     some = alive & (total > 0.0)
     acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
@@ -206,12 +240,12 @@ def _row_gradient(q, do, k, v, keep, lse2, delta, dq, scale2, MASKED: tl.constex
 @triton.jit(do_not_specialize=["seq_len", "num_q", "num_blocks", "room", "width"])
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, doc_start,
-    q_ids, k_ids, diagonal, start, count, entries, offsets, blocks, column_position, column_row, column_before,
+    q_ids, k_ids, diagonal, start, count, entries, offsets, bits, bits_row, column_position, column_row, column_before,
     scale2, scale, heads, group, seq_len, num_q, num_blocks, room, width,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, bits_sb, bits_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPREAD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M query rows of one head, in the order of `forward_kernel`."""
     SUB_M: tl.constexpr = BLOCK // BLOCK_M
@@ -245,8 +279,10 @@ def dq_kernel(
                 keep = keep & ((q_id * BLOCK + at)[None, :] >= low[:, None])
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, True, PRECISION)
         list_base = entries + bh * room + tl.load(start + slot)
-        for step in range(tl.load(count + bh * num_q + slot) * SUB_N):
-            far = tl.load(list_base + step // SUB_N).to(tl.int32)
+        steps = tl.load(count + bh * num_q + slot) * SUB_N
+        following = first_entry(list_base, 0, steps, SUB_N).to(tl.int32)
+        for step in range(steps):
+            far, following = following, entry_after(list_base, step, steps, SUB_N).to(tl.int32)
             at = (step % SUB_N) * BLOCK_N + n
             k_tile = _load_rows(k_base, far * BLOCK + at, k_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
             v_tile = _load_rows(v_base, far * BLOCK + at, v_ss, at, HEAD_DIM, BLOCK_D, False, UPCAST)
@@ -255,19 +291,23 @@ def dq_kernel(
                 keep = (tl.load(k_ids + far) * BLOCK + at)[None, :] >= low[:, None]
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, HAS_DOC, PRECISION)
     if HAS_COLUMNS:
-        blocks_base = blocks + b * blocks_sb + h * blocks_sh + q_id.to(tl.int64) * blocks_sq
+        row_bits = bits + b * bits_sb + h * bits_sh + tl.load(bits_row + slot) if HAS_BLOCKS else bits
         number = tl.load(column_before + bh * num_q + slot)
-        for first in range(0, number, BLOCK_N):
-            at = first + n
-            key = tl.load(column_position + bh * width + at, mask=at < number, other=0)
-            row = tl.load(column_row + bh * width + at, mask=at < number, other=-1)
-            live = row >= 0
-            live = live & ~_covered(
-                offsets, blocks, bh, blocks_base, q_id, key // BLOCK, live, blocks_sk, num_blocks, HAS_BLOCKS
+        position_base, row_base = column_position + bh * width, column_row + bh * width
+        at, offset_base = n, offsets + bh * num_blocks
+        next_row = tl.load(row_base + at, mask=at < number, other=-1)
+        next_key, wanted = _column_state(
+            position_base, row_base, offset_base, row_bits, at, number, q_id, BLOCK, SPREAD, HAS_BLOCKS
+        )
+        for _ in range(0, number, BLOCK_N):
+            row, keep = next_row, (wanted != 0)[None, :] & (next_key[None, :] >= low[:, None])
+            at += BLOCK_N
+            next_row = tl.load(row_base + at, mask=at < number, other=-1)
+            next_key, wanted = _column_state(
+                position_base, row_base, offset_base, row_bits, at, number, q_id, BLOCK, SPREAD, HAS_BLOCKS
             )
-            k_tile = _load_rows(k_base, row, k_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
-            v_tile = _load_rows(v_base, row, v_ss, live, HEAD_DIM, BLOCK_D, True, UPCAST)
-            keep = live[None, :] & (key[None, :] >= low[:, None])
+            k_tile = _load_rows(k_base, row, k_ss, row >= 0, HEAD_DIM, BLOCK_D, True, UPCAST)
+            v_tile = _load_rows(v_base, row, v_ss, row >= 0, HEAD_DIM, BLOCK_D, True, UPCAST)
             acc = _row_gradient(q_tile, do, k_tile, v_tile, keep, lse2, d, acc, scale2, True, PRECISION)
     acc = tl.where((q_id * BLOCK + inner < seq_len)[:, None], acc * scale, 0.0)
     _store_rows(dq + (b * length * heads + h) * HEAD_DIM, rows, heads * HEAD_DIM, rows >= 0, acc, HEAD_DIM, BLOCK_D)
@@ -315,6 +355,7 @@ def dkdv_kernel(
     q_slot = tl.load(diagonal + slot)
     begin = part * BLOCK_N // BLOCK_M
     near = tl.where(q_slot < 0, begin, SUB_M)
+    left = seq_len - tl.load(q_ids + tl.maximum(q_slot, 0)) * BLOCK
     for g in range(group):
         h = kv * group + g
         bh = b * heads + h
@@ -322,7 +363,7 @@ def dkdv_kernel(
         for sub in range(begin, near):
             at = sub * BLOCK_M + m
             here = q_slot * BLOCK + at
-            live = at < seq_len - tl.load(q_ids + q_slot) * BLOCK
+            live = at < left
             q_tile, do, lse2, d = _load_queries(
                 q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss, live,
                 HEAD_DIM, BLOCK_D, TAIL, UPCAST)  # fmt: skip
@@ -333,13 +374,18 @@ def dkdv_kernel(
                 q_tile, do, k_tile, v_tile, keep, lse2, d, dk_tile, dv_tile, scale2, True, PRECISION
             )
         list_base = entries + bh * room + tl.load(start + slot)
-        for step in range(tl.load(count + bh * num_k + slot) * SUB_M):
-            far = tl.load(list_base + step // SUB_M).to(tl.int32)
+        steps = tl.load(count + bh * num_k + slot) * SUB_M
+        following = first_entry(list_base, 0, steps, SUB_M).to(tl.int32)
+        following_id = tl.load(q_ids + following) if TAIL else 0
+        for step in range(steps):
+            far, far_id = following, following_id
+            following = entry_after(list_base, step, steps, SUB_M).to(tl.int32)
+            following_id = tl.load(q_ids + following) if TAIL else 0
             at = (step % SUB_M) * BLOCK_M + m
             here = far * BLOCK + at
             live = at >= 0
             if TAIL:
-                live = at < seq_len - tl.load(q_ids + far) * BLOCK
+                live = at < seq_len - far_id * BLOCK
             q_tile, do, lse2, d = _load_queries(
                 q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss, live,
                 HEAD_DIM, BLOCK_D, TAIL, UPCAST)  # fmt: skip
@@ -357,9 +403,9 @@ def dkdv_kernel(
 @triton.jit(do_not_specialize=["seq_len", "num_q", "num_live", "num_blocks", "width", "first_column", "held"])
 def column_kernel(
     q, k, v, dout, lse, delta, dk, dv, doc_start,
-    q_ids, order, offsets, blocks, column_position, column_row, column_first,
+    q_ids, order, offsets, bits, bits_row, column_position, column_row, column_first,
     scale2, scale, heads, group, seq_len, num_q, num_live, num_blocks, width, first_column, held,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_ss, do_sh, bits_sb, bits_sh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -381,14 +427,15 @@ def column_kernel(
     m = tl.arange(0, BLOCK_M)
     # Columns are ascending, so the first of the tile is the one that most query blocks look back at.
     first = tl.load(column_first + bh * width + first_column + tl.program_id(0) * BLOCK_N)
+    next_slot = first_entry(order, first * SUB_M, num_live * SUB_M, SUB_M)
+    next_id = tl.load(q_ids + next_slot)
     for step in range(first * SUB_M, num_live * SUB_M):
-        slot = tl.load(order + step // SUB_M)
-        q_id = tl.load(q_ids + slot)
+        slot, q_id = next_slot, next_id
+        next_slot = entry_after(order, step, num_live * SUB_M, SUB_M)
+        next_id = tl.load(q_ids + next_slot)
         live = there & (position < q_id * BLOCK)
-        blocks_base = blocks + b * blocks_sb + h * blocks_sh + q_id.to(tl.int64) * blocks_sq
-        live = live & ~_covered(
-            offsets, blocks, bh, blocks_base, q_id, position // BLOCK, live, blocks_sk, num_blocks, HAS_BLOCKS
-        )
+        row_bits = bits + b * bits_sb + h * bits_sh + tl.load(bits_row + slot) if HAS_BLOCKS else bits
+        live = live & ~_covered(offsets + bh * num_blocks, row_bits, q_id, position // BLOCK, live, HAS_BLOCKS)
         here = slot * BLOCK + (step % SUB_M) * BLOCK_M + m
         q_tile, do, lse2, d = _load_queries(
             q_base, do_base, lse + bh * length, delta + bh * length, here, q_ss, do_ss,

@@ -1,64 +1,60 @@
 """Launch shapes of the general kernels, kept like those of the structured ones in `config`: checked in, never tuned at run time.
 
-64 x 64 tiles of dk and dv would spill a few bytes on sm_80 (head_dim 64) or sm_90 (head_dim 128), and of forward and dq on sm_80
-with Triton 3.4 to 3.6. float32, as three tf32 products, takes many registers: dq of head_dim 128 spills up to 88 bytes on sm_90
-with every small tile that was tried. tests/triton_compile holds the table to this.
+In 16 bits three stages, for the reason given in `config`. float32, as three tf32 products, takes many registers: dq of head_dim 128
+spills up to 88 bytes on sm_90 with every small tile that was tried. tests/triton_compile holds the table to this.
 """
 
 from __future__ import annotations
 
-from sparse_kernels.gpu.config import Tile, row_key
+from sparse_kernels.gpu.config import AMPERE, HOPPER, SMALL, Key, Tile, row_key, with_small
 
-# kernel -> (generation, padded head_dim, bytes per element) -> tile.
-TABLE: dict[str, dict[tuple[int, int, int], Tile]] = {
-    "forward": {
-        (8, 64, 2): Tile(128, 32, 8, 2),
-        (8, 128, 2): Tile(128, 32, 8, 2),
-        (9, 64, 2): Tile(128, 64, 8, 3),
-        (9, 128, 2): Tile(128, 64, 8, 3),
-        (8, 64, 4): Tile(16, 32, 8, 1),
-        (8, 128, 4): Tile(16, 32, 8, 1),
-        (9, 64, 4): Tile(16, 32, 8, 1),
-        (9, 128, 4): Tile(16, 32, 8, 1),
-        (8, 256, 2): Tile(64, 32, 8, 1),
-        (9, 256, 2): Tile(64, 32, 8, 2),
-    },
-    "dq": {
-        (8, 64, 2): Tile(64, 32, 8, 2),
-        (8, 128, 2): Tile(64, 32, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(64, 64, 8, 2),
-        (8, 64, 4): Tile(16, 16, 8, 1),
-        (8, 128, 4): Tile(16, 16, 8, 2),
-        (9, 64, 4): Tile(16, 16, 8, 1),
-        (9, 128, 4): Tile(16, 16, 8, 1),
-        (8, 256, 2): Tile(32, 32, 8, 1),
-        (9, 256, 2): Tile(32, 32, 8, 1),
-    },
-    "dkdv": {
-        (8, 64, 2): Tile(32, 64, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(32, 64, 8, 2),
-        (8, 64, 4): Tile(32, 16, 8, 1),
-        (8, 128, 4): Tile(32, 16, 8, 1),
-        (9, 64, 4): Tile(32, 16, 8, 1),
-        (9, 128, 4): Tile(32, 16, 8, 1),
-        (8, 256, 2): Tile(32, 32, 8, 1),
-        (9, 256, 2): Tile(32, 32, 8, 1),
-    },
-    "columns": {
-        (8, 64, 2): Tile(64, 32, 8, 2),
-        (8, 128, 2): Tile(64, 64, 8, 2),
-        (9, 64, 2): Tile(64, 64, 8, 2),
-        (9, 128, 2): Tile(64, 64, 8, 2),
-        (8, 64, 4): Tile(32, 16, 8, 1),
-        (8, 128, 4): Tile(32, 16, 8, 1),
-        (9, 64, 4): Tile(32, 16, 8, 1),
-        (9, 128, 4): Tile(32, 16, 8, 1),
-        (8, 256, 2): Tile(32, 32, 8, 1),
-        (9, 256, 2): Tile(32, 32, 8, 1),
-    },
+_FORWARD: dict[Key, Tile] = {
+    (AMPERE, 64, 2): Tile(128, 32, 8, 3),
+    (AMPERE, 128, 2): Tile(128, 32, 8, 3),
+    (AMPERE, 256, 2): Tile(64, 32, 8, 1),
+    (AMPERE, 64, 4): Tile(16, 32, 8, 1),
+    (AMPERE, 128, 4): Tile(16, 32, 8, 1),
+    (HOPPER, 64, 2): Tile(128, 64, 8, 3),
+    (HOPPER, 128, 2): Tile(128, 64, 8, 3),
+    (HOPPER, 256, 2): Tile(64, 32, 8, 2),
+    (HOPPER, 64, 4): Tile(16, 32, 8, 1),
+    (HOPPER, 128, 4): Tile(16, 32, 8, 1),
+}
+_DQ: dict[Key, Tile] = {
+    (AMPERE, 64, 2): Tile(64, 32, 8, 3),
+    (AMPERE, 128, 2): Tile(64, 32, 8, 3),
+    (AMPERE, 256, 2): Tile(32, 32, 8, 1),
+    (AMPERE, 64, 4): Tile(16, 16, 8, 1),
+    (AMPERE, 128, 4): Tile(16, 16, 8, 2),
+    (HOPPER, 64, 2): Tile(64, 64, 8, 3),
+    (HOPPER, 128, 2): Tile(64, 64, 8, 3),
+    (HOPPER, 256, 2): Tile(32, 32, 8, 1),
+    (HOPPER, 64, 4): Tile(16, 16, 8, 1),
+    (HOPPER, 128, 4): Tile(16, 16, 8, 1),
+}
+_DKDV: dict[Key, Tile] = {
+    (AMPERE, 64, 2): Tile(32, 64, 4, 3),
+    (AMPERE, 128, 2): Tile(32, 64, 8, 3),
+    (AMPERE, 256, 2): Tile(32, 32, 8, 1),
+    (AMPERE, 64, 4): Tile(32, 16, 8, 1),
+    (AMPERE, 128, 4): Tile(32, 16, 8, 1),
+    (HOPPER, 64, 2): Tile(32, 64, 8, 3),
+    (HOPPER, 128, 2): Tile(32, 64, 8, 3),
+    (HOPPER, 256, 2): Tile(32, 32, 8, 1),
+    (HOPPER, 64, 4): Tile(32, 16, 8, 1),
+    (HOPPER, 128, 4): Tile(32, 16, 8, 1),
+}
+_COLUMNS: dict[Key, Tile] = {
+    **_DKDV,
+    (AMPERE, 64, 2): Tile(64, 32, 8, 3),
+    (AMPERE, 128, 2): Tile(64, 64, 8, 3),
+    (HOPPER, 64, 2): Tile(64, 64, 8, 3),
+    (HOPPER, 128, 2): Tile(64, 64, 8, 3),
+    (SMALL, 128, 2): Tile(32, 64, 8, 3),
+}
+TABLE = {
+    name: with_small(rows)
+    for name, rows in (("forward", _FORWARD), ("dq", _DQ), ("dkdv", _DKDV), ("columns", _COLUMNS))
 }
 
 

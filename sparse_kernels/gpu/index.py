@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
+from sparse_kernels.bits import upload
 from sparse_kernels.gpu.tiles import tiles_kernel
-from sparse_kernels.pattern import upload
 from sparse_kernels.view import ShardView
 
 BIG = 2**31 - 1  # a position that is in no range

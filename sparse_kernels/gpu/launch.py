@@ -130,7 +130,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, view: ShardView, scale: float, carr
         start(
             kernels_forward.forward_kernel, grid,
             q=q, k=k, v=v, out=out, lse=lse, carry_out=carry_out, carry_lse=carry_lse, scale2=scale * LOG2E,
-            HAS_CARRY=carry is not None,
+            HAS_CARRY=carry is not None, SPREAD=tile.spread,
             **call.query_arguments(), **_strides(q=q, k=k, v=v), **call.constants(tile),
         )  # fmt: skip
     return out, lse
@@ -205,6 +205,7 @@ def _query_gradient(
     start(
         kernels_backward.dq_kernel, grid,
         q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dq=dq, scale=scale, scale2=scale * LOG2E,
+        SPREAD=tile.spread,
         **call.query_arguments(), **_strides(q=q, k=k, v=v, dout=dout), **call.constants(tile),
     )  # fmt: skip
     return dq

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_kernels.bits import upload
 from sparse_kernels.pattern import SparsePattern
 from sparse_kernels.view import ShardView
 
@@ -62,48 +63,112 @@ class ColumnLists:
 
 
 @dataclass(frozen=True, eq=False)
-class ViewIndex:
-    """All that the general kernels need to know about a view besides q, k and v."""
+class ListFrame:
+    """Where the lists of one side of a view lie, known from the layout alone: `TileLists` but for what was chosen."""
+
+    diagonal: Tensor
+    start: Tensor
+    room: int
+
+
+@dataclass(frozen=True, eq=False)
+class ViewFrame:
+    """What is kept of a view between its forward and its backward: nothing that grows with the chosen tiles."""
 
     q_ids: Tensor  # int32 [nq]
     k_ids: Tensor  # int32 [nk]
-    offsets: Tensor  # uint8 [B, H, NB]: is the block offset a diagonal?
-    blocks: Tensor | None  # uint8 [B, H, NB, NB], any strides
-    doc_start: Tensor | None  # int32 [B, nq * b]
-    rows: TileLists | None  # None: the keys are gathered columns, there are no tiles
-    cols: TileLists | None
+    bits_row: Tensor  # int64 [nq], where the row of a query slot begins in the bits of the single blocks
+    rows: ListFrame | None  # None: the keys are gathered columns, there are no tiles
+    cols: ListFrame | None
     columns: ColumnLists | None
 
 
-_INDICES: weakref.WeakKeyDictionary[ShardView, ViewIndex] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True, eq=False)
+class ViewIndex:
+    """All that the general kernels need to know about a view besides q, k and v.
+
+    Attributes:
+        offsets: uint8 [B, H, NB]: is the block offset a diagonal?
+        bits: uint8 [B, H, bytes] of `BlockRows`, None without single blocks.
+        doc_start: int32 [B, nq * b], None without documents.
+    """
+
+    frame: ViewFrame
+    block: int
+    offsets: Tensor
+    bits: Tensor | None
+    doc_start: Tensor | None
+
+    @property
+    def q_ids(self) -> Tensor:
+        """int32 [nq]."""
+        return self.frame.q_ids
+
+    @property
+    def k_ids(self) -> Tensor:
+        """int32 [nk]."""
+        return self.frame.k_ids
+
+    @property
+    def bits_row(self) -> Tensor:
+        """int64 [nq]."""
+        return self.frame.bits_row
+
+    @property
+    def columns(self) -> ColumnLists | None:
+        """The columns of the view."""
+        return self.frame.columns
+
+    @property
+    def has_tiles(self) -> bool:
+        """Are there key blocks?"""
+        return self.frame.rows is not None
+
+    @property
+    def room(self) -> int:
+        """Entries of all lists of a head, the same by rows and by columns: every pair that is not in the future."""
+        return 0 if self.frame.rows is None else self.frame.rows.room
+
+    def tiles(self, *, by_column: bool) -> TileLists | None:
+        """The lists by query blocks, for out and dq, or by key blocks, for dk and dv; None when there are no key blocks.
+
+        Filled at every call and not kept: a ring would hold those of all its steps until the backward, more than its K and V.
+        """
+        frame = self.frame.cols if by_column else self.frame.rows
+        return None if frame is None else _fill(self, frame, by_column)
+
+
+_FRAMES: weakref.WeakKeyDictionary[ShardView, ViewFrame] = weakref.WeakKeyDictionary()
+# The views of a ring share their pattern, and with it this table.
+_OFFSETS: weakref.WeakKeyDictionary[SparsePattern, Tensor] = weakref.WeakKeyDictionary()
 
 
 def index_of(view: ShardView, device: torch.device) -> ViewIndex:
-    """The index of a view, built at its first use and kept as long as the view, so that backward finds it."""
-    index = _INDICES.get(view)
-    if index is None or index.q_ids.device != device:
-        index = _INDICES[view] = build_index(view, device)
-    return index
+    """The index of a view whose pattern is on that device; its frame is made at the first use and kept as long as the view."""
+    frame, pattern = _FRAMES.get(view), view.pattern
+    if frame is None or frame.q_ids.device != device:
+        frame = _FRAMES[view] = _frame_of(view, device)
+    offsets = _OFFSETS.get(pattern)
+    if offsets is None:
+        offsets = _OFFSETS[pattern] = pattern.offset_table().contiguous().view(torch.uint8)
+    bits = None if pattern.block_rows is None else pattern.block_rows.bits
+    if bits is not None and bits.stride(2) != 1:
+        bits = bits.contiguous()
+    doc_start = None if view.doc_start is None else view.doc_start.to(torch.int32).contiguous()
+    return ViewIndex(frame, pattern.block, offsets, bits, doc_start)
 
 
-def build_index(view: ShardView, device: torch.device) -> ViewIndex:
-    """Count and fill the lists of a view, whose pattern is on that device."""
-    pattern = view.pattern
+def _frame_of(view: ShardView, device: torch.device) -> ViewFrame:
+    pattern, rows = view.pattern, view.pattern.block_rows
     q_ids = _send(view.q_blocks, device)
     k_blocks = view.q_blocks[:0] if view.k_blocks is None else view.k_blocks
     k_ids = _send(k_blocks, device)
-    offsets = pattern.offset_table().contiguous().view(torch.uint8)
-    blocks = None if pattern.blocks is None else pattern.blocks.view(torch.uint8)
-    doc_start = doc_low = None
-    if view.doc_start is not None:
-        doc_start = view.doc_start.to(torch.int32).contiguous()
-        doc_low = doc_start.view(pattern.batch, len(view.q_blocks), pattern.block).amin(2)
-    rows = cols = None
+    bits_row = q_ids if rows is None else upload(rows.starts(view.q_blocks), device)
+    by_rows = by_columns = None
     if view.k_blocks is not None:
-        arguments = (offsets, blocks, doc_low, pattern.block)
-        rows = _tile_lists(view.q_blocks, k_blocks, q_ids, k_ids, *arguments, by_column=False)
-        cols = _tile_lists(k_blocks, view.q_blocks, k_ids, q_ids, *arguments, by_column=True)
-    return ViewIndex(q_ids, k_ids, offsets, blocks, doc_start, rows, cols, _column_lists(view, pattern, q_ids))
+        by_rows = _list_frame(view.q_blocks, k_blocks, pattern.num_blocks, device, by_column=False)
+        by_columns = _list_frame(k_blocks, view.q_blocks, pattern.num_blocks, device, by_column=True)
+    return ViewFrame(q_ids, k_ids, bits_row, by_rows, by_columns, _column_lists(view, pattern, q_ids))
 
 
 def _send(table: Tensor, device: torch.device) -> Tensor:
@@ -120,46 +185,42 @@ def _slots_of(wanted: Tensor, ids: Tensor) -> Tensor:
     return torch.where(ordered[at] == wanted, slot[at], -1)
 
 
-def _tile_lists(
-    own: Tensor,
-    other: Tensor,
-    own_ids: Tensor,
-    other_ids: Tensor,
-    offsets: Tensor,
-    blocks: Tensor | None,
-    doc_low: Tensor | None,
-    block: int,
-    *,
-    by_column: bool,
-) -> TileLists:
-    """Lists of the ``own`` slots; own and other are block ids on the CPU, the same on the device as own_ids, other_ids."""
-    batch, heads, number = offsets.shape
-    device = offsets.device
+def _list_frame(own: Tensor, other: Tensor, number: int, device: torch.device, *, by_column: bool) -> ListFrame:
+    """The frame of the lists of the ``own`` slots; own and other are block ids on the CPU."""
     ordered = other[other < number].sort().values
     at = torch.searchsorted(ordered, own.clamp(max=number), right=by_column)
     room = len(ordered) - at if by_column else at
     room = torch.where(own < number, room, 0)
-    start = (room.cumsum(0) - room).to(device, non_blocking=True)
-    total = int(room.sum())  # a CPU tensor
+    start = upload(room.cumsum(0) - room, device)
     diagonal = torch.where(own < number, _slots_of(own, other), -1)
-    count = torch.empty(batch, heads, len(own), dtype=torch.int32, device=device)
-    slots = torch.int16 if len(other) <= 1 << 15 else torch.int32
-    entries = torch.empty(batch, heads, total, dtype=slots, device=device)
-    if len(own):
-        mask = offsets if blocks is None else blocks
-        _fill_kernel[(len(own), batch * heads)](
-            offsets, mask, doc_low, own_ids, other_ids, start, entries, count,
-            len(own), len(other), number, total, heads, *(mask.stride() if blocks is not None else (0, 0, 0, 0)),
-            BLOCK=block, HAS_BLOCKS=blocks is not None, HAS_DOC=doc_low is not None, BY_COLUMN=by_column,
-            SCAN=min(_SCAN, triton.next_power_of_2(max(len(other), 16))), enable_fp_fusion=True,
+    return ListFrame(_send(diagonal, device), start, int(room.sum()))  # a CPU tensor
+
+
+def _fill(index: ViewIndex, frame: ListFrame, by_column: bool) -> TileLists:
+    """Count and write the lists that ``frame`` has room for."""
+    own_ids, other_ids = (index.k_ids, index.q_ids) if by_column else (index.q_ids, index.k_ids)
+    batch, heads, number = index.offsets.shape
+    device, bits, num_other = index.offsets.device, index.bits, len(other_ids)
+    count = torch.empty(batch, heads, len(own_ids), dtype=torch.int32, device=device)
+    slots = torch.int16 if num_other <= 1 << 15 else torch.int32
+    entries = torch.empty(batch, heads, frame.room, dtype=slots, device=device)
+    doc_low = None
+    if index.doc_start is not None:
+        doc_low = index.doc_start.view(batch, len(index.q_ids), index.block).amin(2)
+    if len(own_ids):
+        _fill_kernel[(len(own_ids), batch * heads)](
+            index.offsets, index.offsets if bits is None else bits, index.bits_row, doc_low, own_ids, other_ids, frame.start,
+            entries, count, len(own_ids), num_other, number, frame.room, heads, *((0, 0) if bits is None else bits.stride()[:2]),
+            BLOCK=index.block, HAS_BLOCKS=bits is not None, HAS_DOC=doc_low is not None, BY_COLUMN=by_column,
+            SCAN=min(_SCAN, triton.next_power_of_2(max(num_other, 16))), enable_fp_fusion=True,
         )  # fmt: skip
-    return TileLists(_send(diagonal, device), start, count, entries)
+    return TileLists(frame.diagonal, frame.start, count, entries)
 
 
 @triton.jit(do_not_specialize=["num_own", "num_other", "num_blocks", "room"])
 def _fill_kernel(
-    offsets, blocks, doc_low, own_ids, other_ids, start, entries, count,
-    num_own, num_other, num_blocks, room, heads, blocks_sb, blocks_sh, blocks_sq, blocks_sk,
+    offsets, bits, bits_row, doc_low, own_ids, other_ids, start, entries, count,
+    num_own, num_other, num_blocks, room, heads, bits_sb, bits_sh,
     BLOCK: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_DOC: tl.constexpr, BY_COLUMN: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One list per program: the chosen slots are written next to each other by a running prefix sum."""
@@ -177,8 +238,12 @@ def _fill_kernel(
         live = here & (key < query) & (query < num_blocks)
         chosen = tl.load(offsets + bh * num_blocks + (query - key), mask=live, other=0) != 0
         if HAS_BLOCKS:
-            at = blocks + b * blocks_sb + h * blocks_sh + query.to(tl.int64) * blocks_sq + key.to(tl.int64) * blocks_sk
-            chosen = chosen | (tl.load(at, mask=live, other=0) != 0)
+            if BY_COLUMN:
+                row = tl.load(bits_row + slot, mask=live, other=0)
+            else:
+                row = tl.load(bits_row + own)
+            byte = tl.load(bits + b * bits_sb + h * bits_sh + row + key // 8, mask=live, other=0).to(tl.int32)
+            chosen = chosen | (((byte >> (key % 8)) & 1) != 0)
         if HAS_DOC:
             # A tile that ends before the first document of its queries begins has nothing to compute.
             if BY_COLUMN:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_kernels.bits import upload
 from sparse_kernels.gpu import interpreting
-from sparse_kernels.pattern import upload
 
 LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

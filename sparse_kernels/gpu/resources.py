@@ -36,12 +36,18 @@ SHARED_LIMIT = {80: 160 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 224 * 1024, 12
 
 @dataclass(frozen=True)
 class Resources:
-    """registers per thread, spilled bytes (stores + loads), shared memory in bytes, and whether tensor cores are used."""
+    """What a kernel costs.
+
+    registers: per thread. spills: bytes, stores + loads. shared: memory in bytes. tensor_cores: whether they are used.
+    ahead: tile loads (groups of them) that may still be under way when a pipelined loop waits for its own tile, the least over
+    such loops: at 0 it waits for what it has only just asked for, and memory's latency is paid in every step. None without one.
+    """
 
     registers: int
     spills: int
     shared: int
     tensor_cores: bool
+    ahead: int | None
 
 
 def measure(kernel: Any, capability: int, arguments: Mapping[str, Any], num_warps: int, num_stages: int) -> Resources:
@@ -70,7 +76,8 @@ def measure(kernel: Any, capability: int, arguments: Mapping[str, Any], num_warp
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, spills = _assemble(ptx, capability)
-    return Resources(registers, spills, compiled.metadata.shared, "wgmma" in ptx or "mma.sync" in ptx)
+    tensor_cores = "wgmma" in ptx or "mma.sync" in ptx
+    return Resources(registers, spills, compiled.metadata.shared, tensor_cores, _loads_ahead(compiled.asm["ttgir"]))
 
 
 def arguments_of(kernel: Any, launched: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +100,20 @@ def arguments_of(kernel: Any, launched: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_type(argument: Any) -> bool:
     return isinstance(argument, str) and re.fullmatch(r"\*?(?:[iu]\d+|bf16|fp\d+)(?::16)?", argument) is not None
+
+
+def _loads_ahead(ttgir: str) -> int | None:
+    """`Resources.ahead`, from the waits of innermost loops that copy tiles to shared memory."""
+    found: list[int] = []
+    body: list[str] = []
+    for line in ttgir.splitlines():
+        if "scf.for" in line:
+            body = []  # what an outer loop does between its inner ones fills and drains their pipelines
+        elif "scf.yield" in line and any("ttg.async_copy_global_to_local" in inner for inner in body):
+            found += [int(n) for inner in body for n in re.findall(r"ttg\.async_wait .*num = (\d+)", inner)]
+            body = []
+        body.append(line)
+    return min(found, default=None)
 
 
 def _assemble(ptx: str, capability: int) -> tuple[int, int]:

@@ -121,10 +121,22 @@ def load_state(lse, delta, rows, live, TAIL: tl.constexpr):
 
 
 @triton.jit
-def column_keep(positions, covered, index, live, q_id, doc, PB: tl.constexpr, HAS_DOCS: tl.constexpr):
-    """bool [rows or 1, columns]: live, not inside a tile that the diagonals compute, not before the row's document."""
-    position = tl.load(positions + index)
-    keep = (live & (tl.load(covered + (q_id - position // PB)) == 0))[None, :]
+def column_state(positions, covered, lane, end, q_id, PB: tl.constexpr, SPREAD: tl.constexpr):
+    """int32 [columns] twice: positions, and 1 where a column lies before the end and not in a tile that the diagonals compute.
+
+    Every number is loaded SPREAD times, once by every thread: loads of fewer numbers than threads count as cheap, and the compiler
+    would repeat them in the layout of the scores (sm_90, tile 128 x 64: 32 dependent loads per thread and step instead of 2).
+    """
+    lane = lane[:, None] + tl.zeros([1, SPREAD], tl.int32)
+    position = tl.load(positions + tl.minimum(lane, tl.maximum(end - 1, 0)))
+    skip = tl.load(covered + (q_id - position // PB), mask=lane < end, other=1).to(tl.int32)
+    return tl.max(position, 1), 1 - tl.max(skip, 1)
+
+
+@triton.jit
+def column_keep(position, wanted, doc, HAS_DOCS: tl.constexpr):
+    """bool [rows or 1, columns] from a `column_state`: wanted, and not before the row's document."""
+    keep = (wanted != 0)[None, :]
     if HAS_DOCS:
         keep = keep & (position[None, :] >= doc[:, None])
     return keep
@@ -147,6 +159,22 @@ def tile_keep(
 
 
 @triton.jit
+def first_entry(entries, begin, end, SUB: tl.constexpr):
+    """The entry of step ``begin`` in a list of which each serves SUB steps; anything where there are no steps."""
+    return tl.load(entries + begin // SUB, mask=begin < end, other=0)
+
+
+@triton.jit
+def entry_after(entries, step, end, SUB: tl.constexpr):
+    """The entry of the next step, or of the last one.
+
+    Loops read a step ahead because the compiler counts the load of an address as a stage of its own: tiles whose address was loaded
+    in the same step are asked for at its end and awaited at once, instead of num_stages - 1 steps later.
+    """
+    return tl.load(entries + tl.minimum(step + 1, end - 1) // SUB)
+
+
+@triton.jit
 def attend_tiles(
     acc, total, top, q, k, v, k_row, v_row, entries, begin, end, q_slot, q_id, k_ids, position, doc, seq_len, scale2,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_DOCS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr,
@@ -154,9 +182,10 @@ def attend_tiles(
 ):  # fmt: skip
     """Steps [begin, end) of a query tile; one step is one of the PB / BN key tiles of an entry."""
     key = tl.arange(0, BN)
+    entry = first_entry(entries, begin, end, PB // BN)
     for step in range(begin, end):
-        entry = tl.load(entries + step // (PB // BN))
-        k_slot = entry if LISTED else q_slot - entry
+        here, entry = entry, entry_after(entries, step, end, PB // BN)
+        k_slot = here if LISTED else q_slot - here
         k_inner = (step % (PB // BN)) * BN + key
         k_first = k_slot.to(tl.int64) * PB
         live = k_inner < seq_len - q_id * PB  # asked for the diagonal tile only, which may hold padding
@@ -177,7 +206,7 @@ def forward_kernel(
     q_blocks, num_heads, num_entries, num_columns, num_blocks, seq_len, scale2,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_TILES: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
-    LISTED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    LISTED: tl.constexpr, SPREAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one query tile of one head over its diagonals and columns, on top of the carried state.
 
@@ -242,14 +271,20 @@ def forward_kernel(
                 position, doc, seq_len, scale2, False, True, HAS_DOCS, D, DP, PB, BN, LISTED, UPCAST, PRECISION)  # fmt: skip
 
     if HAS_COLUMNS:
-        for start in range(first_column, last_column, BN):
-            lane = start + tl.arange(0, BN)
-            # Lanes beyond the end repeat the last column, masked.
-            column = bh * num_columns + tl.minimum(lane, last_column - 1)
-            k_rows = tl.load(column_rows + column)
-            keep = column_keep(
-                positions, covered + bh * num_blocks, column, lane < last_column, q_id, doc, PB, HAS_DOCS
-            )
+        covered += bh * num_blocks
+        positions += bh * num_columns
+        column_rows += bh * num_columns
+        lane = first_column + tl.arange(0, BN)
+        last = tl.maximum(last_column - 1, 0)
+        # Lanes beyond the end repeat the last column, masked. What a step needs to know is loaded during the one before it.
+        next_rows = tl.load(column_rows + tl.minimum(lane, last))
+        place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
+        for _ in range(first_column, last_column, BN):
+            k_rows = next_rows
+            keep = column_keep(place, wanted, doc, HAS_DOCS)
+            lane += BN
+            next_rows = tl.load(column_rows + tl.minimum(lane, last))
+            place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
             keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
             values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
             acc, total, top = attend(acc, total, top, queries, keys, values, scale2, keep, True, PRECISION)

@@ -110,13 +110,7 @@ def unselected_gradient(case: Case) -> float:
     group = pattern.heads // case.k.shape[2]
     worst = 0.0
     for h in range(pattern.heads):
-        one = SparsePattern(
-            size,
-            pattern.block,
-            pattern.columns[:, h : h + 1],
-            pattern.diagonals[:, h : h + 1],
-            None if pattern.blocks is None else pattern.blocks[:, h : h + 1],
-        )
+        one = pattern.select(slice(h, h + 1))
         near = one.block_mask(torch.tensor([pattern.num_blocks - 1]), torch.arange(pattern.num_blocks))[0, 0, 0]
         seen = near.repeat_interleave(pattern.block)[:size]
         column = torch.zeros(size + 1, dtype=torch.bool, device=seen.device)

@@ -62,9 +62,7 @@ def test_patterns_of_single_blocks() -> None:
     case = make_case("cuda", 5, 4096 - 37, 128, kv_heads=2, group=4, blocks=0.05, documents=3)
     first = attend(case, case.pattern)
     # Another pattern of the same content, so that the index is built again.
-    parts = [
-        None if x is None else x.clone() for x in (case.pattern.columns, case.pattern.diagonals, case.pattern.blocks)
-    ]
+    parts = [case.pattern.columns.clone(), case.pattern.diagonals.clone(), case.pattern.block_rows.table()]
     torch.cuda.synchronize()
     with no_waiting():
         again = attend(case, SparsePattern(case.pattern.seq_len, case.pattern.block, *parts))

@@ -66,6 +66,7 @@ def counted(
 ) -> tuple[Tensor, Tensor]:
     """The definition, tile by tile and column by column: (work table, block costs)."""
     b, size, ranks = pattern.block, pattern.num_blocks, layout.ranks
+    chosen = None if pattern.block_rows is None else pattern.block_rows.table()
     table, rows = torch.zeros(ranks, ranks + 1, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     for i in range(pattern.batch):
         for h in range(pattern.heads):
@@ -73,7 +74,7 @@ def counted(
             columns = [c for c in pattern.columns[i, h].tolist() if c < pattern.seq_len]
             for m in range(size):
                 rank, start = int(layout.owner[m]), 0 if doc_start is None else int(doc_start[i, m * b])
-                extra = set() if pattern.blocks is None else set(pattern.blocks[i, h, m].nonzero().flatten().tolist())
+                extra = set() if chosen is None else set(chosen[i, h, m].nonzero().flatten().tolist())
                 covered = {n for n in range(m + 1) if m - n in offsets or n in extra}
                 for n in covered:
                     if (n + 1) * b - 1 < start:

@@ -132,13 +132,27 @@ def test_the_choice_is_the_definition(name: str, changes: dict, seq_len: int, pa
     assert pattern.columns.shape[2] == 0
 
 
+def test_moba_sorts_a_few_lines_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = random_qk(149)
+    whole = PatternPlan(recipe("moba"), 1).index(0, q, k)
+    for scores in (1, 35):  # of 10 chunks: a line, and three
+        monkeypatch.setattr("mtrain.patterns.moba.SORTED_SCORES", scores)
+        assert same(PatternPlan(recipe("moba"), 1).index(0, q, k), whole)
+
+
 # --- every rank, every layout ---------------------------------------------------------------------------------------------
 
 
 def same(a: SparsePattern, b: SparsePattern) -> bool:
     parts = [(a.columns, b.columns), (a.diagonals, b.diagonals)]
-    parts += [] if a.blocks is None and b.blocks is None else [(a.blocks, b.blocks)]
-    return all(torch.equal(x, y) for x, y in parts)
+    if a.block_rows is not None:
+        parts += [(a.block_rows.bits, b.block_rows.bits), (a.block_rows.rows, b.block_rows.rows)]
+    return all(torch.equal(x, y) for x, y in parts) and (a.block_rows is None) == (b.block_rows is None)
+
+
+def ring_agrees(patterns: list[SparsePattern], whole: SparsePattern, layout: RingLayout) -> bool:
+    """Does every rank hold the part of the whole that its queries need?"""
+    return all(same(found, whole.for_queries(layout.blocks(rank))) for rank, found in enumerate(patterns))
 
 
 @pytest.mark.parametrize(("name", "packed"), list(product(EVERY, (False, True))))
@@ -154,22 +168,22 @@ def test_a_ring_chooses_what_one_process_chooses_bit_for_bit(name: str, packed: 
             plan = PatternPlan(recipe(name), 1)
             return plan.index(0, shards[0], shards[1], doc_start=shards[2], ring=ring, layout=layout)
 
-        assert all(same(pattern, whole) for pattern in run_ranks(mine, inner=ranks)), (ranks, kind)
+        assert ring_agrees(run_ranks(mine, inner=ranks), whole, layout), (ranks, kind)
 
 
 def test_no_rank_needs_a_whole_tile_or_chunk() -> None:
-    """More ranks than blocks, a last block of one token, a chunk longer than the sequence."""
-    q, k = random_qk(17, heads=2, kv_heads=1, batch=1)
-    layout = RingLayout.build("striped", 17, 4, 8)
-    for name in EVERY:
+    """More ranks than blocks, one block alone, a last block of one token, a chunk longer than the sequence."""
+    for name, seq_len in product(EVERY, (17, 5)):
+        q, k = random_qk(seq_len, heads=2, kv_heads=1, batch=1)
+        layout = RingLayout.build("striped", seq_len, 4, 8)
         asked = recipe(name, chunk=64, sink=0)
         whole = PatternPlan(asked, 1).index(0, q, k)
 
-        def mine(ring: Ring, asked: AttentionRecipe = asked) -> SparsePattern:
+        def mine(ring: Ring, asked: AttentionRecipe = asked, q=q, k=k, layout=layout) -> SparsePattern:
             shards = [layout.shard(x, ring.rank, 1) for x in (q, k)]
             return PatternPlan(asked, 1).index(0, *shards, ring=ring, layout=layout)
 
-        assert all(same(pattern, whole) for pattern in run_ranks(mine, inner=4))
+        assert ring_agrees(run_ranks(mine, inner=4), whole, layout)
 
 
 @pytest.mark.parametrize("name", BLOCK_PATTERNS)

@@ -163,8 +163,22 @@ def test_warnings(plain: str) -> None:
     assert warnings(load_recipe(plain, ["parallel={engine: fsdp, inner: 2}"])) == []
     (found,) = warnings(load_recipe(plain, ["parallel.engine=fsdp"]))
     assert found == "parallel.engine=fsdp: one process alone holds everything, as with ddp"
-    found = warnings(load_recipe(plain, ["attention.pattern=xattention", "train.seq_len=512K"]))
-    assert any("table of 8192 x 8192 blocks" in warning for warning in found)
+
+
+def test_a_large_choice_of_blocks_is_warned_of(plain: str) -> None:
+    def of(*words: str) -> list[str]:
+        found = warnings(load_recipe(plain, ["attention.pattern=xattention", "train.seq_len=512K", *words]))
+        return [warning for warning in found if "MiB" in warning]
+
+    # 8192 blocks: a triangle of 8192 * 8193 / 2 bits, 4.0005 MiB, spread over the ranks.
+    (alone,) = of()
+    assert alone.startswith(
+        "xattention keeps 4.0 MiB of chosen blocks for every head of every layer until the backward"
+    )
+    assert of("parallel.inner=8") == of("attention.block=128", "parallel.inner=2") == of("parallel.inner=32") == []
+    (kept,) = of("parallel.inner=32", "attention.refresh=frozen")
+    assert kept.startswith("attention.refresh keeps the choices of all 8192 blocks over steps, 4.0 MiB for every head")
+    assert of("attention.pattern=vertical_slash") == []
 
 
 def test_train_says_what_inspect_warns_of_once(

@@ -24,9 +24,10 @@ from mtrain.patterns import (
     spaced_rows,
 )
 from mtrain.patterns.budget import largest, smallest_cover
-from mtrain.patterns.index import index_lists, lower_distances, pack_bits, unpack_bits
+from mtrain.patterns.index import index_lists, lower_distances
 from mtrain.recipe.schema import AttentionRecipe, CoverageBudget, RefreshEvery, TopKBudget
 from sparse_kernels import SparsePattern, reference_attention
+from sparse_kernels.bits import pack_bits, unpack_bits
 
 
 def random_qk(

@@ -116,8 +116,8 @@ def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("major", "shared", "wanted"),
-    [(8, 166912, config.AMPERE), (8, 101376, config.AMPERE), (9, 232448, config.HOPPER), (10, 232448, config.HOPPER),
-     (12, 101376, config.AMPERE)],
+    [(8, 166912, config.AMPERE), (8, 101376, config.SMALL), (9, 232448, config.HOPPER), (10, 232448, config.HOPPER),
+     (12, 101376, config.SMALL)],
 )  # fmt: skip
 def test_devices_with_little_shared_memory_use_the_small_rows_and_every_usable_input_has_one(
     major: int, shared: int, wanted: int, monkeypatch: pytest.MonkeyPatch

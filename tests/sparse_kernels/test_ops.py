@@ -52,10 +52,10 @@ def test_opcheck(backend: str, variant: str) -> None:
     torch.library.opcheck(attention_backward, arguments)
 
 
-@pytest.mark.parametrize("seq_len", [24, 29])
+@pytest.mark.parametrize(("seq_len", "blocks"), [(24, False), (29, False), (29, True)])
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_into_one_graph(seq_len: int) -> None:
-    q, k, v, pattern = case(seq_len)
+def test_compiles_into_one_graph(seq_len: int, blocks: bool) -> None:
+    q, k, v, pattern = case(seq_len, blocks=blocks)
 
     def loss(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern) -> Tensor:
         out, lse = sparse_attention(q * 1.5, k, v, pattern, return_lse=True)
@@ -67,7 +67,9 @@ def test_compiles_into_one_graph(seq_len: int) -> None:
     for a, b in zip(gradients(found, q, k, v), gradients(wanted, q, k, v), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     # Another pattern of the same shape is other data, not another graph.
-    other = SparsePattern(seq_len, 8, pattern.columns, torch.where(pattern.diagonals == 2, 1, pattern.diagonals))
+    other = SparsePattern(
+        seq_len, 8, pattern.columns, torch.where(pattern.diagonals == 2, 1, pattern.diagonals), pattern.blocks
+    )
     torch.testing.assert_close(compiled(q, k, v, other), loss(q, k, v, other), rtol=0, atol=1e-5)
 
 

@@ -26,6 +26,7 @@ def literal_mask(pattern: SparsePattern, doc_start: Tensor | None) -> Tensor:
     size, b = pattern.seq_len, pattern.block
     mask = torch.zeros(pattern.batch, pattern.heads, size, size, dtype=torch.bool)
     assert pattern.columns is not None and pattern.diagonals is not None
+    table = None if pattern.block_rows is None else pattern.block_rows.table()
     for row in range(pattern.batch):
         for head in range(pattern.heads):
             columns = set(pattern.columns[row, head].tolist())
@@ -33,7 +34,7 @@ def literal_mask(pattern: SparsePattern, doc_start: Tensor | None) -> Tensor:
             for i in range(size):
                 start = 0 if doc_start is None else int(doc_start[row, i])
                 for j in range(start, i + 1):
-                    in_block = pattern.blocks is not None and bool(pattern.blocks[row, head, i // b, j // b])
+                    in_block = table is not None and bool(table[row, head, i // b, j // b])
                     mask[row, head, i, j] = j in columns or i // b - j // b in diagonals or in_block
     return mask
 

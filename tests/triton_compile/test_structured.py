@@ -23,6 +23,8 @@ def check(capability: int, head_dim: int, dtype: torch.dtype, block: int, **opti
         assert found.spills == 0, what
         assert found.shared <= SHARED_LIMIT[capability], what
         assert found.tensor_cores == (launched.name in PRODUCTS), what
+        if launched.name in PRODUCTS and dtype.itemsize == 2 and head_dim <= 128:
+            assert found.ahead, f"{what}: a loop awaits tiles that it has only just asked for"
     assert names > PRODUCTS
 
 

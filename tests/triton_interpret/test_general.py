@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_kernels import ShardView, SparsePattern, reference_attention
 from sparse_kernels.gpu import general
 from sparse_kernels.gpu.config import Tile
-from sparse_kernels.gpu.lists import build_index
+from sparse_kernels.gpu.lists import index_of
 from sparse_kernels.pattern import pad_doc_start
 from sparse_kernels.reference_backend import ReferenceBackend
 from sparse_kernels.view import block_positions
@@ -114,7 +114,8 @@ def gathered_positions(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("documents", [0.0, 0.04])
 def test_any_placement_and_carry_add_up(documents: float) -> None:
-    """Shuffled query blocks, padding blocks, three shuffled key shards and gathered columns: together the exact answer."""
+    """Shuffled query blocks, padding blocks, three shuffled key shards and gathered columns, of a pattern that holds the single
+    blocks of these queries only: together the exact answer."""
     case = make_case(11, 250, 32, blocks=True, columns=30, group=1, kv_heads=2, head_dim=32, documents=documents)
     generator = torch.Generator().manual_seed(4)
     number = case.pattern.num_blocks
@@ -125,10 +126,11 @@ def test_any_placement_and_carry_add_up(documents: float) -> None:
     positions = gathered_positions(case)
     at = positions.clamp(max=case.pattern.seq_len - 1).transpose(1, 2)[..., None].expand(-1, -1, -1, 32)
     doc_start = documents_of(case, rows)
-    views = [ShardView(case.pattern, queries, column_positions=positions, doc_start=doc_start)]
+    mine = case.pattern.for_queries(queries)
+    views = [ShardView(mine, queries, column_positions=positions, doc_start=doc_start)]
     inputs = [(case.k.gather(1, at).float(), case.v.gather(1, at).float())]
     for blocks in keys:
-        views.append(ShardView(case.pattern, queries, k_blocks=blocks, doc_start=doc_start))
+        views.append(ShardView(mine, queries, k_blocks=blocks, doc_start=doc_start))
         inputs.append((case.k[:, shard(case, blocks)].float(), case.v[:, shard(case, blocks)].float()))
     state = None
     for view, (k, v) in zip(views, inputs, strict=True):
@@ -168,11 +170,16 @@ def test_lists_hold_the_tiles_of_the_mask(documents: float) -> None:
     generator = torch.Generator().manual_seed(1)
     number = case.pattern.num_blocks
     queries, keys = (torch.randperm(number + 4, generator=generator)[:15] for _ in range(2))
-    view = ShardView(case.pattern, queries, k_blocks=keys, doc_start=documents_of(case, shard(case, queries)))
-    index = build_index(view, torch.device("cpu"))
+    held = torch.cat(
+        [queries.flip(0), torch.arange(number + 4, number + 6)]
+    )  # the rows in another order than the queries
+    mine = case.pattern.for_queries(held)
+    view = ShardView(mine, queries, k_blocks=keys, doc_start=documents_of(case, shard(case, queries)))
+    index = index_of(view, torch.device("cpu"))
+    rows, cols = index.tiles(by_column=False), index.tiles(by_column=True)
     mask = view.mask().unflatten(2, (-1, 16)).unflatten(4, (-1, 16)).any(5).any(3)  # tiles that hold a pair
     chosen = case.pattern.block_mask(queries, keys)
-    for lists, needed, allowed in ((index.rows, mask, chosen), (index.cols, mask.mT, chosen.mT)):
+    for lists, needed, allowed in ((rows, mask, chosen), (cols, mask.mT, chosen.mT)):
         for b in range(2):
             for h in range(case.pattern.heads):
                 for own in range(15):

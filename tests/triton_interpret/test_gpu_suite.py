@@ -127,7 +127,8 @@ def test_nothing_asks_the_device_for_a_number(blocks: float) -> None:
     doc_start = pad_doc_start(case.doc_start, pattern)
     view = ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=doc_start)
     backend = TritonBackend()
-    with PretendDevice(*padded, pattern.columns, pattern.diagonals, pattern.blocks, doc_start) as device:
+    bits = None if pattern.block_rows is None else pattern.block_rows.bits
+    with PretendDevice(*padded, pattern.columns, pattern.diagonals, bits, doc_start) as device:
         out, lse = backend.forward(*padded[:3], view, 0.125)
         assert out in device.there
         backend.backward(padded[3], *padded[:3], out, lse, view, 0.125)
