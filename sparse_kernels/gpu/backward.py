@@ -63,6 +63,29 @@ def gradient_of_rows(
     return dq
 
 
+@triton.jit
+def gradient_from_columns(
+    dq, q, dout, lse2, delta, k, v, k_row, v_row, positions, column_rows, covered, begin, end, q_id, doc, scale2,
+    HAS_DOCS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BN: tl.constexpr, SPREAD: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns [begin, end) of a head's list for a query tile, as in `attend_columns`."""
+    lane = begin + tl.arange(0, BN)
+    last = tl.maximum(end - 1, 0)
+    next_rows = tl.load(column_rows + tl.minimum(lane, last))
+    place, wanted = column_state(positions, covered, lane, end, q_id, PB, SPREAD)
+    for _ in range(begin, end, BN):
+        k_rows = next_rows
+        keep = column_keep(place, wanted, doc, HAS_DOCS)
+        lane += BN
+        next_rows = tl.load(column_rows + tl.minimum(lane, last))
+        place, wanted = column_state(positions, covered, lane, end, q_id, PB, SPREAD)
+        keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
+        values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
+        dq = row_gradient(dq, q, keys, values, dout, lse2, delta, scale2, keep, True, PRECISION)
+    return dq
+
+
 @triton.jit(do_not_specialize=["q_blocks", "num_entries", "num_columns", "num_blocks", "seq_len"])
 def dq_kernel(
     q, k, v, dout, lse, delta, dq,
@@ -118,22 +141,11 @@ def dq_kernel(
 
     if HAS_COLUMNS:
         first_column, last_column = tl.load(ranges + index * 2), tl.load(ranges + index * 2 + 1)
-        covered += bh * num_blocks
-        positions += bh * num_columns
-        column_rows += bh * num_columns
-        lane = first_column + tl.arange(0, BN)
-        last = tl.maximum(last_column - 1, 0)
-        next_rows = tl.load(column_rows + tl.minimum(lane, last))
-        place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
-        for _ in range(first_column, last_column, BN):
-            k_rows = next_rows
-            keep = column_keep(place, wanted, doc, HAS_DOCS)
-            lane += BN
-            next_rows = tl.load(column_rows + tl.minimum(lane, last))
-            place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
-            keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
-            values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
-            acc = row_gradient(acc, queries, keys, values, grads, lse2, row_delta, scale2, keep, True, PRECISION)
+        column = bh * num_columns
+        acc = gradient_from_columns(
+            acc, queries, grads, lse2, row_delta, k, v, k_row, v_row, positions + column, column_rows + column,
+            covered + bh * num_blocks, first_column, last_column, q_id, doc, scale2,
+            HAS_DOCS, D, DP, PB, BN, SPREAD, UPCAST, PRECISION)  # fmt: skip
 
     acc = tl.where((position < seq_len)[:, None], acc * scale, 0.0)
     store_tile(dq + (batch * total_rows * num_heads + head) * D, first, inner, num_heads * D, acc, D, DP)

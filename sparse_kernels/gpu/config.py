@@ -54,7 +54,7 @@ _FORWARD: dict[Key, tuple[Tile, ...]] = {
     (HOPPER, 128, 4): (Tile(32, 32, 8, 2),),
 }
 _DQ: dict[Key, tuple[Tile, ...]] = {
-    (AMPERE, 64, 2): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
+    (AMPERE, 64, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 3)),
     (AMPERE, 128, 2): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
     (AMPERE, 256, 2): (Tile(32, 32, 8, 1),),
     (AMPERE, 64, 4): (Tile(32, 32, 8, 2),),

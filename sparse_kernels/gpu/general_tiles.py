@@ -33,7 +33,7 @@ _DQ: dict[Key, Tile] = {
     (HOPPER, 128, 4): Tile(16, 16, 8, 1),
 }
 _DKDV: dict[Key, Tile] = {
-    (AMPERE, 64, 2): Tile(32, 64, 4, 3),
+    (AMPERE, 64, 2): Tile(32, 32, 4, 3),
     (AMPERE, 128, 2): Tile(32, 64, 8, 3),
     (AMPERE, 256, 2): Tile(32, 32, 8, 1),
     (AMPERE, 64, 4): Tile(32, 16, 8, 1),

@@ -198,6 +198,29 @@ def attend_tiles(
     return acc, total, top
 
 
+@triton.jit
+def attend_columns(
+    acc, total, top, q, k, v, k_row, v_row, positions, column_rows, covered, begin, end, q_id, doc, scale2,
+    HAS_DOCS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PB: tl.constexpr, BN: tl.constexpr, SPREAD: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns [begin, end) of a head's list for a query tile. What a step needs to know is loaded during the one before it."""
+    lane = begin + tl.arange(0, BN)
+    last = tl.maximum(end - 1, 0)
+    next_rows = tl.load(column_rows + tl.minimum(lane, last))  # lanes beyond the end repeat the last column, masked
+    place, wanted = column_state(positions, covered, lane, end, q_id, PB, SPREAD)
+    for _ in range(begin, end, BN):
+        k_rows = next_rows
+        keep = column_keep(place, wanted, doc, HAS_DOCS)
+        lane += BN
+        next_rows = tl.load(column_rows + tl.minimum(lane, last))
+        place, wanted = column_state(positions, covered, lane, end, q_id, PB, SPREAD)
+        keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
+        values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
+        acc, total, top = attend(acc, total, top, q, keys, values, scale2, keep, True, PRECISION)
+    return acc, total, top
+
+
 @triton.jit(do_not_specialize=["q_blocks", "num_entries", "num_columns", "num_blocks", "seq_len"])
 def forward_kernel(
     q, k, v, out, lse, carry_out, carry_lse,
@@ -271,23 +294,10 @@ def forward_kernel(
                 position, doc, seq_len, scale2, False, True, HAS_DOCS, D, DP, PB, BN, LISTED, UPCAST, PRECISION)  # fmt: skip
 
     if HAS_COLUMNS:
-        covered += bh * num_blocks
-        positions += bh * num_columns
-        column_rows += bh * num_columns
-        lane = first_column + tl.arange(0, BN)
-        last = tl.maximum(last_column - 1, 0)
-        # Lanes beyond the end repeat the last column, masked. What a step needs to know is loaded during the one before it.
-        next_rows = tl.load(column_rows + tl.minimum(lane, last))
-        place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
-        for _ in range(first_column, last_column, BN):
-            k_rows = next_rows
-            keep = column_keep(place, wanted, doc, HAS_DOCS)
-            lane += BN
-            next_rows = tl.load(column_rows + tl.minimum(lane, last))
-            place, wanted = column_state(positions, covered, lane, last_column, q_id, PB, SPREAD)
-            keys = load_rows(k, k_rows, k_row, k_rows, D, DP, False, UPCAST)
-            values = load_rows(v, k_rows, v_row, k_rows, D, DP, False, UPCAST)
-            acc, total, top = attend(acc, total, top, queries, keys, values, scale2, keep, True, PRECISION)
+        column = bh * num_columns
+        acc, total, top = attend_columns(
+            acc, total, top, queries, k, v, k_row, v_row, positions + column, column_rows + column, covered + bh * num_blocks,
+            first_column, last_column, q_id, doc, scale2, HAS_DOCS, D, DP, PB, BN, SPREAD, UPCAST, PRECISION)  # fmt: skip
 
     empty = (total == 0.0) | (position >= seq_len)
     total = tl.where(empty, 1.0, total)
