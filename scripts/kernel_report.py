@@ -41,6 +41,7 @@ def rows(capabilities: list[int], head_dims: list[int], dtypes: list[str], block
                 found.spills,
                 f"{found.shared / 1024:.1f}",
                 "yes" if found.tensor_cores else "no",
+                "" if found.ahead is None else found.ahead,
             )
             yield "| " + " | ".join(map(str, cells)) + " |"
 
@@ -62,10 +63,11 @@ def main() -> None:
         "tile = query rows x key rows, w = warps, s = pipeline stages. Budget for shared memory: "
         + ", ".join(f"sm_{c} {limit // 1024} KiB" for c, limit in SHARED_LIMIT.items() if c in given.capability)
         + ".",
+        "ahead = loads of tiles that may still be under way when a loop waits for its own (0: it waits for what it has just asked for).",
         "Nothing here is a time: no kernel ran.",
         "",
-        "| kernel | target | head_dim | dtype | block | tile | registers | spills | shared | tensor cores |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | target | head_dim | dtype | block | tile | registers | spills | shared | tensor cores | ahead |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))
     for row in rows(given.capability, given.head_dim, given.dtype, given.block):
