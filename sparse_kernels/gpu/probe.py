@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels.gpu import interpreting
+from sparse_kernels.gpu import interpreter_fault, interpreting
 from sparse_kernels.pattern import upload
 
 LOG2E = 1.4426950408889634
@@ -28,6 +28,8 @@ def unusable(device: torch.device, dtype: torch.dtype, head_dim: int, block: int
         return f"they need CUDA tensors, not {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device.type == "cpu" and (fault := interpreter_fault()):
+        return fault
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the compute capability is below 8.0"
     if dtype not in DTYPES:
