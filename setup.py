@@ -21,16 +21,16 @@ extras = {
     # flash-attn needs the installed torch to build, so it cannot be an ordinary dependency. Where it is wanted:
     #   pip install flash-attn --no-build-isolation
     "gpu": ["triton>=3.4; platform_system == 'Linux'"],
-    "eval": ["lm-eval>=0.4.9", "wonderwords>=3.0", "nltk>=3.9", "rouge-score>=0.1.2", "matplotlib>=3.8"],
+    "eval": ["lm-eval>=0.4.13", "wonderwords>=3.0", "nltk>=3.9.1", "rouge-score>=0.1.2", "matplotlib>=3.8"],
     "plot": ["matplotlib>=3.8"],
     # Triton's interpreter and compiler need no GPU: the kernels are tested everywhere.
     "dev": [
-        "pytest>=8",
+        "pytest>=8.2",
         "pytest-xdist>=3.5",
         "ruff>=0.9",
         "mypy>=1.13",
         "types-PyYAML",
-        "matplotlib>=3.8",
+        "matplotlib>=3.10",
         "triton>=3.4; platform_system == 'Linux'",
     ],
 }
@@ -49,11 +49,12 @@ setup(
     package_data={"mtrain.recipes": ["*.yaml", "*/*.yaml"], "mtrain": ["py.typed"], "sparse_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.8",
-        "transformers>=5.4",
+        # The oldest tested. 5.4 keeps the dynamic RoPE of the longest text seen: an answer depends on earlier questions.
+        "transformers>=5.17",
         "accelerate>=1.10",
         "datasets>=4.0",
-        "tokenizers>=0.22",
-        "safetensors>=0.5",
+        "tokenizers>=0.23.1",
+        "safetensors>=0.8",
         "numpy>=1.26",
         "PyYAML>=6.0",
         "tqdm>=4.66",

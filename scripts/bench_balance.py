@@ -15,6 +15,7 @@ metadata seq_len and block; a .pt file holds a dictionary with the same keys.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mtrain.balance import Balancer, Forecast, imbalance, measure, solve, tile_density, work
 from mtrain.layout import RingLayout

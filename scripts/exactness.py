@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from mtrain.verify.exactness import NAMES, Case, all_cases, covering_cases, worst_by
 
 RESULT = Path(__file__).parent.parent / "benchmarks" / "exactness.md"

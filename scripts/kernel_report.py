@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_kernels.gpu.general_recorded import general_launches
 from sparse_kernels.gpu.recorded import Recorded, structured_launches

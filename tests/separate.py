@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_kernels.gpu import interpreter_fault
+
 
 def reason_to_skip(interpret: bool) -> str | None:
     """Why this process cannot run interpreter tests (``interpret``) or compile tests; None: it can."""
@@ -18,7 +20,7 @@ def reason_to_skip(interpret: bool) -> str | None:
         folder = "triton_interpret" if interpret else "triton_compile"
         setting = "TRITON_INTERPRET=1" if interpret else "env -u TRITON_INTERPRET"
         return f"needs a process of its own: `make test`, or {setting} pytest tests/{folder}"
-    return None
+    return interpreter_fault() if interpret else None
 
 
 class SkippedFile(pytest.File):

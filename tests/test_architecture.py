@@ -33,6 +33,8 @@ TRITON_HOME = "sparse_kernels/gpu/"
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 90
 MAX_PARAMETERS = 12
+# Run as `python -m scripts.parity`; an example of a program outside of this tree.
+NOT_BY_PATH = {"scripts/parity.py", "scripts/attach_example.py"}
 # Its keywords are the public contract of the design, settings with defaults; a bag of settings would only hide them.
 MANY_PARAMETERS = {"estimate_vertical_slash"}
 
@@ -117,6 +119,22 @@ def long_things(path: str, source: str) -> list[str]:
     return found
 
 
+def needs_installation(path: str, source: str) -> list[str]:
+    """A script that imports our packages at its top and does not put the tree on sys.path first.
+
+    Uninstalled it would not run, and beside another checkout that is installed it would run that one's code.
+    """
+    if path in NOT_BY_PATH:
+        return []
+    for node in ast.parse(source).body:
+        if ast.unparse(node).startswith("sys.path.insert("):
+            return []
+        found = [(line, name) for line, name in imported(node) if name.split(".")[0] in (*ORDER, "scripts")]
+        if found and isinstance(node, (ast.Import, ast.ImportFrom)):
+            return [f"{path}:{found[0][0]} imports {found[0][1]} before sys.path.insert(0, <the tree>)"]
+    return []
+
+
 def machine_paths(path: str, source: str) -> list[str]:
     """Paths that exist on one machine only, and package indexes other than the user's own."""
     pattern = re.compile(
@@ -155,6 +173,7 @@ BROKEN = [
     (long_things, "mtrain/x.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
     (long_things, "mtrain/x.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
     (long_things, "mtrain/x.py", "def f(" + ", ".join(f"a{i}" for i in range(MAX_PARAMETERS + 1)) + "): ..."),
+    (needs_installation, "scripts/x.py", "import sys\nfrom mtrain.layout import RingLayout\nsys.path.insert(0, 'x')"),
     (machine_paths, "README.md", "cd /ro" + "ot/project"),
     (machine_paths, "Makefile", "pip install --index" + "-url x"),
 ]
@@ -165,6 +184,8 @@ ALLOWED = [
     (environment, "mtrain/parallel.py", "import os\nos.environ['RANK']"),
     (eager_optional, "mtrain/x.py", "def f():\n    import datasets"),
     (eager_optional, "sparse_kernels/gpu/forward.py", "import triton"),
+    (needs_installation, "scripts/x.py", "import sys\nsys.path.insert(0, 'x')\nfrom mtrain.layout import RingLayout"),
+    (needs_installation, "scripts/x.py", "import torch\ndef main():\n    import mtrain"),
     (machine_paths, "README.md", "runs/work/x, ./root/x and https://example.org/home/x"),
 ]
 
@@ -184,6 +205,13 @@ def test_packages_keep_the_rule(rule: Rule) -> None:
     files = list(package_files())
     assert len(files) > 20
     complaints = [complaint for path, source in files for complaint in rule(path, source)]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_scripts_run_without_installation() -> None:
+    files = list(read((ROOT / "scripts").glob("*.py")))
+    assert len(files) > 5
+    complaints = [complaint for path, source in files for complaint in needs_installation(path, source)]
     assert not complaints, "\n" + "\n".join(complaints)
 
 

@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 if something that every run needs is missing."""
+    """Print the report, as far as it goes without what is missing; 1 if a package that setup.py requires is."""
     print(
         f"mtrain       {_version('mtrain') or 'from a checkout'} in {platform.python_implementation()} {platform.python_version()}"
     )
@@ -39,15 +39,14 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{name:<12} {version or ('MISSING: pip install ' + name if name in REQUIRED else 'not installed (optional)')}"
         )
-    if missing:
-        return 1
-    _machine()
-    _backends()
+    if "torch" not in missing:
+        _machine()
+        _backends()
     recipes = shipped_recipes()
     print(
         f"recipes      {', '.join(recipes)} in {next(iter(recipes.values())).parent if recipes else 'no folder found'}"
     )
-    return 0
+    return int(bool(missing))
 
 
 def _version(name: str) -> str | None:

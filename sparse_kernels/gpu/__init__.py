@@ -29,11 +29,15 @@ class TritonBackend(Backend):
     def unusable(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Usable on CUDA devices of capability 8.0 or newer, for head_dim 64, 96 and 128 in bfloat16, float16 and float32,
         and 256 in bfloat16 and float16."""
-        if device.type == "cpu" and not interpreting():
-            return (
-                "it needs CUDA tensors and got CPU tensors (Triton's interpreter runs on those: set TRITON_INTERPRET=1 and "
-                "import triton first)"
-            )
+        if device.type == "cpu":
+            if not interpreting():
+                return (
+                    "it needs CUDA tensors and got CPU tensors (Triton's interpreter runs on those: set TRITON_INTERPRET=1 and "
+                    "import triton first)"
+                )
+            fault = interpreter_fault()
+            if fault:
+                return fault
         if device.type not in ("cpu", "cuda"):
             return f"it needs CUDA tensors, not {device.type}"
         if device.type == "cuda":
@@ -85,6 +89,25 @@ def interpreting() -> bool:
     """Has Triton been imported in interpreter mode? Never imports it."""
     triton = sys.modules.get("triton")
     return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot run with the numpy here; None: it can. Imports Triton."""
+    import numpy
+    import triton
+
+    # Its loops make an index of an array of one element, which numpy first deprecated and then refused; Triton 3.7 mends that.
+    if _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4):
+        return (
+            f"the interpreter of triton {triton.__version__} cannot run loops with numpy {numpy.__version__}: "
+            "pip install 'numpy<2.4', or triton 3.7 where torch takes it"
+        )
+    return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def check(view: ShardView, scale: float, device: torch.device) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.bits import upload
-from sparse_kernels.gpu import interpreting
+from sparse_kernels.gpu import interpreter_fault, interpreting
 
 LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,6 +28,8 @@ def unusable(device: torch.device, dtype: torch.dtype, head_dim: int, block: int
         return f"they need CUDA tensors, not {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device.type == "cpu" and (fault := interpreter_fault()):
+        return fault
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the compute capability is below 8.0"
     if dtype not in DTYPES:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from mtrain.data.tokenizer import byte_tokenizer
@@ -276,7 +275,7 @@ def test_words_of_an_answer() -> None:
 
 
 def test_rouge_1_is_the_one_of_rouge_score() -> None:
-    scorer = RougeScorer(["rouge1"], use_stemmer=False)
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1"], use_stemmer=False)
     rng = np.random.default_rng(0)
     words = "buy a warm bagel, and Row a boat; on Stow-Lake 7 it's".split()
     pairs = [(" ".join(rng.choice(words, 6)), " ".join(rng.choice(words, 9))) for _ in range(50)]

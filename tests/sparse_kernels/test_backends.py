@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparse_kernels import SparsePattern, backends, gpu, resolve_backend, sparse_attention
-from sparse_kernels.gpu import config, general_tiles
+from sparse_kernels.gpu import config, general_tiles, probe
 
 
 def test_every_backend_is_listed_with_a_reason() -> None:
@@ -115,6 +115,24 @@ def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.5.2", False), ("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.5.2", True),
+     ("3.10.0+git0", "2.10.0", True), ("3.4.0", "1.26.4", True)],
+)  # fmt: skip
+def test_an_interpreter_that_cannot_run_with_this_numpy_is_named(
+    triton: str, numpy: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=True))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton, __spec__=object(), knobs=knobs))
+    monkeypatch.setattr("numpy.__version__", numpy)
+    for reason in (
+        gpu.TritonBackend().unusable(torch.device("cpu"), torch.float32, 64),
+        probe.unusable(torch.device("cpu"), torch.float32, 64, 64),
+    ):
+        assert reason is None if runs else f"triton {triton} cannot run loops with numpy {numpy}" in str(reason)
+
+
+@pytest.mark.parametrize(
     ("major", "shared", "wanted"),
     [(8, 166912, config.AMPERE), (8, 101376, config.SMALL), (9, 232448, config.HOPPER), (10, 232448, config.HOPPER),
      (12, 101376, config.SMALL)],
@@ -124,6 +142,7 @@ def test_devices_with_little_shared_memory_use_the_small_rows_and_every_usable_i
 ) -> None:
     """That the rows fit is measured in tests/triton_compile."""
     monkeypatch.setattr(gpu, "interpreting", lambda: True)
+    monkeypatch.setattr(gpu, "interpreter_fault", lambda: None)
     device = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     assert config.generation_of(torch.device("cuda")) == wanted
