@@ -29,7 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mtrain.comm import ProcessRing, Ring, SingleRing, is_lost_peer
@@ -440,6 +440,10 @@ def _shard(model: Any, device: torch.device, precision: str) -> None:
         unit(embedding)
         unit([decoder.norm, head], rounded)
     unit(model)
+    if device.type == "cpu":  # Gloo of torch 2.8 sums where it is asked for the mean
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def _own(tensor: Tensor) -> Tensor:

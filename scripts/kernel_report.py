@@ -66,7 +66,7 @@ def main() -> None:
         "tile = query rows x key rows, w = warps, s = pipeline stages. Budget for shared memory: "
         + ", ".join(f"sm_{c} {limit // 1024} KiB" for c, limit in SHARED_LIMIT.items() if c in given.capability)
         + ".",
-        "ahead = loads of tiles that may still be under way when a loop waits for its own (0: it waits for what it has just asked for).",
+        "ahead = loads of tiles that may still be under way when a loop awaits its own (0: it awaits what it just asked for).",
         "Nothing here is a time: no kernel ran.",
         "",
         "| kernel | target | head_dim | dtype | block | tile | registers | spills | shared | tensor cores | ahead |",

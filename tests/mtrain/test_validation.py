@@ -82,7 +82,7 @@ def test_it_is_the_mean_that_the_reference_attention_gives_on_the_same_rows(tmp_
     assert line == pytest.approx({"step": 2, **found}, rel=1e-6)
 
 
-def measured(directory: Path, mesh: dict[str, int], changes: dict) -> dict[str, float]:
+def measured(directory: Path, mesh: dict, changes: dict) -> dict[str, float]:
     mesh = {f"parallel__{axis}": size for axis, size in mesh.items()}
     recipe = tiny_recipe(directory, train__batch_rows=4, log__validate_dense=True, **mesh, **changes)
     run = Run(recipe, make_world(recipe))
@@ -103,13 +103,15 @@ FEW = {"data__validation_rows": 1, "attention__layout": "zigzag"}
         ({"dp": 2}, UNEVEN),
         ({"inner": 2, "outer": 2}, UNEVEN),
         ({"dp": 2, "inner": 2}, FEW),
+        ({"dp": 2, "engine": "fsdp"}, UNEVEN),
         ({"inner": 3}, {**UNEVEN, "attention__refresh": "frozen", "attention__layout": "balanced"}),
     ],
-    ids=["ring 2", "dp 2", "nodes 2 x ring 2", "a replica without rows", "kept patterns, balanced"],
+    ids=["ring 2", "dp 2", "nodes 2 x ring 2", "a replica without rows", "fsdp", "kept patterns, balanced"],
 )
 def test_every_mesh_measures_the_same(tmp_path, mesh, changes):
     alone = measured(tmp_path, {}, changes)
-    for found in run_processes(measured, math.prod(mesh.values()), tmp_path / "work", tmp_path, mesh, changes):
+    world_size = math.prod(size for axis, size in mesh.items() if axis != "engine")
+    for found in run_processes(measured, world_size, tmp_path / "work", tmp_path, mesh, changes):
         assert found == pytest.approx(alone, rel=1e-5), found
 
 
