@@ -91,7 +91,7 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, device: Device, there: bool, dtype: torch.dtype) -> Tensor:
         ctx.device, ctx.was_there, ctx.dtype = device, on_device(x), x.dtype
-        result = x.detach().to(dtype, copy=True)
+        result = torch.empty_like(x, dtype=dtype).copy_(x.detach())
         _place(result, device, there)
         return result
 
@@ -122,7 +122,7 @@ class _Operators(TorchDispatchMode):
         if there:
             self._check(function, args, kwargs, given, there)
         if function.namespace == "sparse_kernels":  # written in Python: what is inside is looked at too
-            with self, _Functions(self.device):  # a mode is off inside of what it calls
+            with self, _Factories(self.device):  # modes are off inside of what they call
                 return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = ONLY_CUDA.get(function, function)(*args, **kwargs)
         if there:
@@ -150,67 +150,74 @@ class _Operators(TorchDispatchMode):
             raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor (cpu) ({function})")
 
 
-class _Functions(TorchFunctionMode):
-    """What Python asks for: devices named in arguments, and the device of a tensor."""
+class _Factories(TorchFunctionMode):
+    """Functions that are told a device."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
         self.device = device
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name, owner = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-        if name == "__get__" and owner in (Tensor.device, Tensor.is_cuda, Tensor.is_cpu):
-            there = on_device(args[0])
-            return {Tensor.device: CUDA if there else function(*args), Tensor.is_cuda: there}.get(owner, not there)
-        if function in (Tensor.to, Tensor.cuda, Tensor.cpu):
-            return self._move(function, args, kwargs)
-        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and on_device(args[0]):
-            if function is not Tensor.tolist:
-                raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first. (pretended)")
-            self.device.waited(name)
-        if function is Tensor.pin_memory:
-            return args[0]
-        if function is Tensor.get_device:
-            return 0 if on_device(args[0]) else -1
+        kwargs = kwargs or {}
         wanted = kwargs.get("device")
-        if isinstance(wanted, int):
-            wanted = CUDA
-        if wanted is None or torch.device(wanted).type not in ("cpu", "cuda"):
+        if wanted is None or _device(wanted).type == "meta":
             return function(*args, **kwargs)
-        there = torch.device(wanted).type == "cuda"
-        generator = kwargs.get("generator")
+        there, generator = _device(wanted).type == "cuda", kwargs.get("generator")
         if generator is not None and (generator.device.type == "cuda") != there:
-            raise RuntimeError(f"Expected a '{torch.device(wanted).type}' device type for generator (pretended)")
+            raise RuntimeError(f"Expected a '{_device(wanted).type}' device type for generator (pretended)")
         if function in (torch.as_tensor, torch.asarray) and isinstance(args[0], Tensor):
-            return self._move(Tensor.to, (args[0], wanted), {k: v for k, v in kwargs.items() if k != "device"})
+            return args[0].to(wanted, kwargs.get("dtype"))
         result = function(*args, **{**kwargs, "device": CPU})
         _place(result, self.device, there)
         if there and function in (torch.tensor, torch.as_tensor, torch.asarray):
-            self.device.waited(f"{name} from a value of the host")
+            self.device.waited(f"{function.__name__} from a value of the host")
         return result
 
-    def _move(self, function: Any, args: Any, kwargs: Any) -> Any:
-        x, rest = args[0], list(args[1:])
-        there = on_device(x)
-        wanted: Any = {Tensor.cuda: CUDA, Tensor.cpu: CPU}.get(function)
-        if wanted is not None:
-            rest, kwargs = [], {k: v for k, v in kwargs.items() if k == "non_blocking"}
-        elif rest and isinstance(rest[0], Tensor):
-            wanted, rest[0] = (CUDA if on_device(rest[0]) else CPU), rest[0].dtype
+
+def _device(given: Any) -> torch.device:
+    return CUDA if isinstance(given, int) else torch.device(given)
+
+
+def _members(device: Device) -> dict[str, Any]:
+    """What stands in for members of torch.Tensor."""
+    plain_device, plain_to = Tensor.device.__get__, Tensor.to  # type: ignore[attr-defined]
+
+    def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Arguments come in several orders: (tensor or device or dtype or both, non_blocking, copy)."""
+        rest = list(args)
+        wanted = kwargs.pop("device", None)
+        if rest and isinstance(rest[0], Tensor):
+            wanted, rest[0] = rest[0].device, rest[0].dtype
         elif rest and isinstance(rest[0], (str, torch.device, int)):
             wanted = rest.pop(0)
-        wanted = kwargs.pop("device", wanted)
-        wanted = CUDA if isinstance(wanted, int) else wanted if wanted is None else torch.device(wanted)
-        if wanted is None or x.is_meta or wanted.type == "meta" or (wanted.type == "cuda") == there:
-            if wanted is not None and (x.is_meta or wanted.type == "meta"):
-                kwargs["device"] = wanted
-            return Tensor.to(x, *rest, **kwargs) if rest or kwargs else x
-        dtype = kwargs.get("dtype") or next((y for y in rest if isinstance(y, torch.dtype)), x.dtype)
-        if not (kwargs.get("non_blocking") or next((y for y in rest if isinstance(y, bool)), False)):
-            self.device.waited(f"a blocking copy to {wanted}")
-        moved: Tensor = _Move.apply(x, self.device, not there, dtype)
+        keys = {**dict(zip(("dtype", "non_blocking", "copy"), rest, strict=False)), **kwargs}
+        if x.is_meta or (wanted is not None and _device(wanted).type == "meta"):
+            return plain_to(x, device=wanted, **keys)
+        if wanted is None or (_device(wanted).type == "cuda") == on_device(x):
+            return plain_to(x, **{k: v for k, v in keys.items() if v is not None}) if any(keys.values()) else x
+        if not keys.get("non_blocking"):
+            device.waited(f"a blocking copy to {wanted}")
+        moved: Tensor = _Move.apply(x, device, not on_device(x), keys.get("dtype") or x.dtype)
         return moved
+
+    def waits(name: str) -> Any:
+        plain = getattr(Tensor, name)
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if on_device(x):
+                device.waited(name)
+                if name != "tolist":
+                    raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first. (pretended)")
+            return plain(x, *args, **kwargs)
+
+        return call
+
+    return {
+        "device": property(lambda x: CUDA if on_device(x) else plain_device(x)), "is_cuda": property(on_device),
+        "is_cpu": property(lambda x: x.device.type == "cpu"), "get_device": lambda x: 0 if on_device(x) else -1, "to": to,
+        "cuda": lambda x, _=None, non_blocking=False: to(x, CUDA, non_blocking=non_blocking), "pin_memory": lambda x: x,
+        "cpu": lambda x: to(x, CPU), **{name: waits(name) for name in ("numpy", "__array__", "tolist")},
+    }  # fmt: skip
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, _p: float = 0, causal: bool = False, _d: bool = False, *, scale: Any = None) -> Any:
@@ -295,12 +302,13 @@ class _Autocast(torch.autocast):
 
 def _replaced(device: Device) -> dict[str, Any]:
     """What stands in for members of torch.cuda."""
-    stream = types.SimpleNamespace(
-        cuda_stream=0, device=CUDA, synchronize=lambda: None, wait_stream=lambda _: None, wait_event=lambda _: None
-    )
 
     def synchronize(_device: Any = None) -> None:
         device.reached = device.recorded
+
+    nowait = {"wait_stream": lambda _, other: None, "wait_event": lambda _, event: None}
+    stream_type = type("Stream", (), {"cuda_stream": 0, "device": CUDA, "synchronize": synchronize, **nowait})
+    stream = stream_type()
 
     def reset_peak(_device: Any = None) -> None:
         device.peak = device.live
@@ -319,7 +327,7 @@ def _replaced(device: Device) -> dict[str, Any]:
         "memory_allocated": lambda _=None: device.live, "memory_reserved": lambda _=None: device.live,
         "max_memory_allocated": lambda _=None: device.peak, "max_memory_reserved": lambda _=None: device.peak,
         "reset_peak_memory_stats": reset_peak, "empty_cache": nothing, "synchronize": synchronize, "ipc_collect": nothing,
-        "Event": type("Event", (Event,), {"device": device}), "Stream": lambda *_, **__: stream,
+        "Event": type("Event", (Event,), {"device": device}), "Stream": stream_type,
         "current_stream": lambda _=None: stream, "default_stream": lambda _=None: stream, "stream": _On, "device": _On,
         "device_of": _On, "set_sync_debug_mode": set_sync_debug_mode, "get_sync_debug_mode": lambda: device.sync,
         "manual_seed": nothing, "manual_seed_all": nothing, "is_current_stream_capturing": lambda: False,
@@ -355,18 +363,19 @@ def pretended_cuda(memory: int = 140 << 30) -> Iterator[Device]:
     plain_run = threading.Thread.run
 
     def run(thread: threading.Thread) -> None:
-        with _Operators(device), _Functions(device):
+        with _Operators(device), _Factories(device):
             plain_run(thread)
 
     plain_backward = torch.autograd.graph._engine_run_backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
-        with _Functions(device):  # torch.autograd.grad is itself a function of the mode, which is off inside of it
+        with _Factories(device):  # torch.autograd.grad is itself a function of the mode, which is off inside of it
             return plain_backward(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        for name, stand_in in _replaced(device).items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        for owner, members in ((torch.cuda, _replaced(device)), (Tensor, _members(device))):
+            for name, stand_in in members.items():
+                stack.enter_context(mock.patch.object(owner, name, stand_in))
         for owner, name, stand_in in (
             (torch, "Generator", Generator), (torch, "autocast", _Autocast), (torch.amp, "autocast", _Autocast),
             (torch.amp.autocast_mode, "autocast", _Autocast), (threading.Thread, "run", run),
@@ -377,5 +386,5 @@ def pretended_cuda(memory: int = 140 << 30) -> Iterator[Device]:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         stack.enter_context(_bfloat16_products())
         stack.enter_context(_Operators(device))
-        stack.enter_context(_Functions(device))
+        stack.enter_context(_Factories(device))
         yield device
