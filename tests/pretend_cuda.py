@@ -330,7 +330,7 @@ def _replaced(device: Device) -> dict[str, Any]:
         "Event": type("Event", (Event,), {"device": device}), "Stream": stream_type,
         "current_stream": lambda _=None: stream, "default_stream": lambda _=None: stream, "stream": _On, "device": _On,
         "device_of": _On, "set_sync_debug_mode": set_sync_debug_mode, "get_sync_debug_mode": lambda: device.sync,
-        "manual_seed": nothing, "manual_seed_all": nothing, "is_current_stream_capturing": lambda: False,
+        "manual_seed": nothing, "manual_seed_all": nothing, "is_current_stream_capturing": lambda: False, "_sleep": nothing,
         "get_rng_state": lambda _=None: torch.get_rng_state(), "set_rng_state": nothing,
         "get_rng_state_all": lambda: [torch.get_rng_state()], "set_rng_state_all": nothing,
     }  # fmt: skip
