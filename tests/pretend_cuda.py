@@ -2,7 +2,7 @@
 
     with pretended_cuda():
         torch.ones(3, device="cuda").device          # cuda:0
-    TRITON_INTERPRET=1 pytest -p tests.pretend_cuda_plugin tests/gpu
+    TRITON_INTERPRET=1 pytest -p tests.pretend_cuda_plugin tests/gpu      # all GPU tests, in small
 
 Being on the device is a mark on a tensor's storage, so views, saved tensors and gradients have it too; what is computed from
 tensors on the device is on the device. As on a real one, an operation that mixes devices is refused, asking for a value under
@@ -20,6 +20,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -188,7 +189,7 @@ def _members(device: Device) -> dict[str, Any]:
         wanted = kwargs.pop("device", None)
         if rest and isinstance(rest[0], Tensor):
             wanted, rest[0] = rest[0].device, rest[0].dtype
-        elif rest and isinstance(rest[0], (str, torch.device, int)):
+        elif rest and (rest[0] is None or isinstance(rest[0], (str, torch.device, int))):
             wanted = rest.pop(0)
         keys = {**dict(zip(("dtype", "non_blocking", "copy"), rest, strict=False)), **kwargs}
         if x.is_meta or (wanted is not None and _device(wanted).type == "meta"):
@@ -220,22 +221,21 @@ def _members(device: Device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, _p: float = 0, causal: bool = False, _d: bool = False, *, scale: Any = None) -> Any:
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+def _flash(q: Tensor, k: Tensor, v: Tensor, _p: float = 0.0, causal: bool = False, *_: Any, scale: Any = None) -> Any:
+    group, flash = q.shape[1] // k.shape[1], aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(q.float(), *(x.float().repeat_interleave(group, 1) for x in (k, v)), 0.0, causal, scale=scale)
     unused = torch.zeros(2, dtype=torch.int64)
-    return out, lse.contiguous(), None, None, q.shape[2], k.shape[2], unused, unused, None
+    return out.to(q.dtype), lse.contiguous(), None, None, q.shape[2], k.shape[2], unused, unused, None
 
 
 def _flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, _a: Any, _b: Any, _m: int, _n: int, _p: float,
     causal: bool, _s: Any, _o: Any, *, scale: Any = None,
 ) -> Any:  # fmt: skip
-    heads = k.shape[1]
-    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
-    return dq, *(x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+    heads, dtype, backward = k.shape[1], q.dtype, aten._scaled_dot_product_flash_attention_for_cpu_backward
+    k, v = (x.float().repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
+    dq, dk, dv = backward(dout.float(), q.float(), k, v, out.float(), lse, 0.0, causal, scale=scale)
+    return dq.to(dtype), *(x.unflatten(1, (heads, -1)).sum(2).to(dtype) for x in (dk, dv))
 
 
 ONLY_CUDA: dict[Any, Callable[..., Any]] = {
@@ -336,8 +336,22 @@ def _replaced(device: Device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bfloat16_products() -> contextlib.AbstractContextManager[Any]:
-    """Triton's interpreter multiplies the bits of bfloat16 numbers as integers; here they are widened first."""
+def _nothing_published() -> contextlib.AbstractContextManager[Any]:
+    """No figure that was made under pretence goes where measurements are."""
+    plain, published = Path.write_text, Path(__file__).resolve().parents[1] / "benchmarks"
+
+    def write_text(path: Path, *args: Any, **kwargs: Any) -> int:
+        if published in path.resolve().parents:
+            raise PermissionError(f"{path}: nothing measured on a pretended device is published")
+        return plain(path, *args, **kwargs)
+
+    return mock.patch.object(Path, "write_text", write_text)
+
+
+@contextlib.contextmanager
+def _interpreter() -> Iterator[None]:
+    """Triton's interpreter multiplies the bits of bfloat16 numbers as integers; here they are widened first. And it runs one kernel
+    at a time, whatever threads there are."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -353,7 +367,15 @@ def _bfloat16_products() -> contextlib.AbstractContextManager[Any]:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain(self, wide(a), wide(b), *rest)
 
-    return mock.patch.object(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    launch, one = interpreter.GridExecutor.__call__, threading.RLock()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        with one:
+            launch(self, *args, **kwargs)
+
+    with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", create_dot):
+        with mock.patch.object(interpreter.GridExecutor, "__call__", call):
+            yield
 
 
 @contextlib.contextmanager
@@ -384,7 +406,8 @@ def pretended_cuda(memory: int = 140 << 30) -> Iterator[Device]:
             (torch, "get_autocast_dtype", lambda _=None, plain=torch.get_autocast_dtype: plain("cpu")),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, stand_in))
-        stack.enter_context(_bfloat16_products())
+        stack.enter_context(_nothing_published())
+        stack.enter_context(_interpreter())
         stack.enter_context(_Operators(device))
         stack.enter_context(_Factories(device))
         yield device

@@ -18,7 +18,7 @@ import pytest
 from tests.gpu import cases
 from tests.pretend_cuda import pretended_cuda
 
-MODULES = ("test_addressing", "test_estimation", "test_flash", "test_numerics", "test_repeat", "test_syncs")
+MODULES = ("test_addressing", "test_estimation", "test_numerics", "test_repeat", "test_syncs")  # others are small or quick
 MEMORY = 8 << 30  # too small for what needs gigabytes
 
 
@@ -28,20 +28,21 @@ def small(make_case: Callable[..., cases.Case]) -> Callable[..., cases.Case]:
     def make(device: str, seed: int, seq_len: int, head_dim: int, **keys: Any) -> cases.Case:
         block = keys.get("block", 128)
         length = min(seq_len, 2 * block + (seq_len % block or block))
-        columns = min(keys.pop("columns", 65), length // 4)
-        return make_case(device, seed, length, head_dim, columns=columns, **keys)
+        columns, kv_heads, group = min(keys.pop("columns", 65), length // 4), keys.get("kv_heads", 1), keys.pop("group", 2)
+        group = group if kv_heads == 1 else 2
+        return make_case(device, seed, length, head_dim, columns=columns, group=group, **keys)
 
     return make
 
 
 @contextlib.contextmanager
 def small_gpu_tests() -> Iterator[None]:
-    """Inside, the modules of tests/gpu make small cases and repeat themselves twice."""
+    """Inside, the modules of tests/gpu make small cases and repeat themselves once."""
     few, make = cases.differing_runs, small(cases.make_case)
     with contextlib.ExitStack() as stack:
         for name in MODULES:
             module = importlib.import_module(f"tests.gpu.{name}")
-            for member, stand_in in (("make_case", make), ("differing_runs", lambda case, _: few(case, 2))):
+            for member, stand_in in (("make_case", make), ("differing_runs", lambda case, _: few(case, 1))):
                 if hasattr(module, member):
                     stack.enter_context(mock.patch.object(module, member, stand_in))
             # A test that does something fifty times has that in its body.
