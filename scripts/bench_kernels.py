@@ -91,11 +91,9 @@ def main() -> int:
             results += measure.measure(settings)
             text = report.markdown(results, facts, smoke=options.smoke)
             if path is not None:  # after every length, so that a run that is cut short leaves what it has
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.with_suffix(".json").write_text(
-                    json.dumps({"environment": facts, "results": results}, indent=1) + "\n"
-                )
-                path.with_suffix(".md").write_text(text)
+                everything = json.dumps({"environment": facts, "results": results}, indent=1)
+                report.write_whole(path.with_suffix(".json"), everything + "\n")
+                report.write_whole(path.with_suffix(".md"), text)
             print(report.progress(results[-1], options.smoke), flush=True)
     print(text)
     if path is not None:

@@ -262,8 +262,7 @@ def dry_run(target: Target, options: argparse.Namespace) -> int:
                 fits += [] if reason else [f"{kernel} {text_of(tile)}"]
             print(f"  {text_of(tile)}{verdict}", flush=True)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join(fits) + "\n")
+        report.write_whole(options.out, "\n".join(fits) + "\n")
     return int(failed)
 
 
@@ -342,8 +341,7 @@ def main(given: list[str] | None = None) -> int:
         lines.append(line)
         print(line, flush=True)
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text("\n".join(lines) + "\n")
+            report.write_whole(options.out, "\n".join(lines) + "\n")
 
     for kernel in options.kernels:
         try:

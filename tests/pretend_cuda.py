@@ -138,9 +138,16 @@ class _Operators(TorchDispatchMode):
             self.device.waited(function)
         elsewhere = [x for x in given if x.dim() and not on_device(x)]
         if function in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
-            if any(isinstance(x, Tensor) and (x.dtype == torch.bool or x in elsewhere) for x in args[1] if x is not None):
+            if any(
+                isinstance(x, Tensor) and (x.dtype == torch.bool or x in elsewhere) for x in args[1] if x is not None
+            ):
                 self.device.waited(f"{function} by a boolean mask or by indices from the host")
-        if elsewhere and function == aten.copy_.default and not (args[2:] and args[2]) and not kwargs.get("non_blocking"):
+        if (
+            elsewhere
+            and function == aten.copy_.default
+            and not (args[2:] and args[2])
+            and not kwargs.get("non_blocking")
+        ):
             self.device.waited(function)
         if elsewhere and function not in MIXES:
             raise RuntimeError(
@@ -148,7 +155,9 @@ class _Operators(TorchDispatchMode):
                 f"pretended)"
             )
         if function in (aten.index.Tensor, aten.index_put_.default) and not on_device(args[0]):
-            raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor (cpu) ({function})")
+            raise RuntimeError(
+                f"indices should be either on cpu or on the same device as the indexed tensor (cpu) ({function})"
+            )
 
 
 class _Factories(TorchFunctionMode):
@@ -208,7 +217,9 @@ def _members(device: Device) -> dict[str, Any]:
             if on_device(x):
                 device.waited(name)
                 if name != "tolist":
-                    raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first. (pretended)")
+                    raise TypeError(
+                        "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first. (pretended)"
+                    )
             return plain(x, *args, **kwargs)
 
         return call

@@ -18,7 +18,13 @@ import pytest
 from tests.gpu import cases
 from tests.pretend_cuda import pretended_cuda
 
-MODULES = ("test_addressing", "test_estimation", "test_numerics", "test_repeat", "test_syncs")  # others are small or quick
+MODULES = (
+    "test_addressing",
+    "test_estimation",
+    "test_numerics",
+    "test_repeat",
+    "test_syncs",
+)  # others are small or quick
 MEMORY = 8 << 30  # too small for what needs gigabytes
 
 
@@ -28,7 +34,11 @@ def small(make_case: Callable[..., cases.Case]) -> Callable[..., cases.Case]:
     def make(device: str, seed: int, seq_len: int, head_dim: int, **keys: Any) -> cases.Case:
         block = keys.get("block", 128)
         length = min(seq_len, 2 * block + (seq_len % block or block))
-        columns, kv_heads, group = min(keys.pop("columns", 65), length // 4), keys.get("kv_heads", 1), keys.pop("group", 2)
+        columns, kv_heads, group = (
+            min(keys.pop("columns", 65), length // 4),
+            keys.get("kv_heads", 1),
+            keys.pop("group", 2),
+        )
         group = group if kv_heads == 1 else 2
         return make_case(device, seed, length, head_dim, columns=columns, group=group, **keys)
 
@@ -46,7 +56,9 @@ def small_gpu_tests() -> Iterator[None]:
                 if hasattr(module, member):
                     stack.enter_context(mock.patch.object(module, member, stand_in))
             # A test that does something fifty times has that in its body.
-            stack.enter_context(mock.patch.object(module, "range", lambda *a: range(*a[:-1], min(a[-1], 8)), create=True))
+            stack.enter_context(
+                mock.patch.object(module, "range", lambda *a: range(*a[:-1], min(a[-1], 8)), create=True)
+            )
         yield
 
 

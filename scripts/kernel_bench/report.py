@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 from importlib import metadata, util
 from pathlib import Path
@@ -39,6 +40,23 @@ def environment(device: torch.device, smoke: bool) -> Record:
         facts["cuda"] = torch.version.cuda
         facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return facts
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never half there, whenever the run is stopped; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def read_results(path: Path) -> Record:
+    """What `write_whole` wrote as JSON. Ends the program where that is not what it finds."""
+    try:
+        found: Record = json.loads(path.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{path} is no whole JSON ({error}): move it away and measure everything anew") from error
+    return found
 
 
 def progress(record: Record, smoke: bool) -> str:

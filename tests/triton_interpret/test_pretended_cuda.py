@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from triton.runtime.errors import OutOfResources
 
 from mtrain.patterns import Coverage
 from scripts import bench_kernels, bench_step, ring_trace, tune_kernels
@@ -27,10 +28,9 @@ from scripts.ring_trace_parts import cases as ring_cases
 from scripts.step_bench import bench, check
 from scripts.step_bench import contestants as step_contestants
 from scripts.step_bench import measure as step_measure
-from tests.gpu import test_estimation, test_flash, test_inference, test_numerics, test_repeat, test_syncs
+from tests.gpu import test_estimation, test_flash, test_inference, test_numerics, test_syncs
 from tests.pretend_cuda import Device, pretended_cuda
 from tests.pretend_cuda_plugin import small_gpu_tests
-from triton.runtime.errors import OutOfResources
 
 SHAPE = Shape(2, 1, 64, 32)
 
@@ -95,7 +95,6 @@ PART: dict[str, Callable[[], None]] = {
     "structured kernels": lambda: test_numerics.test_two_rules(4096, 3, 64),
     "general kernels": lambda: test_numerics.test_two_rules(4096, 5, 64),
     "padding": lambda: test_numerics.test_padding_may_hold_nan(3, 0.0),
-    "the same bits": lambda: test_repeat.test_two_hundred_runs_give_the_same_bits(64, 0.02),
     "scores": lambda: test_estimation.test_kernels_score_as_float64_does(64, torch.bfloat16, 64, 50, 1, 5, False),
     "no waiting, estimated": lambda: test_syncs.test_estimate_index_forward_and_backward(Coverage(0.9, 4, 128), 4),
     "no waiting, blocks": test_syncs.test_patterns_of_single_blocks,
@@ -123,7 +122,7 @@ quiet_imports = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of t
 def test_the_benchmark_of_the_kernels(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernel_cases, "Shape", lambda heads, *_: Shape(2, 1 + heads % 32 // 16, 64, 32))
+    monkeypatch.setattr(kernel_cases, "Shape", lambda heads, *_: Shape(heads // 16, 1, 64, 32))
     arguments = ["--lengths", "64", "--densities", "0.8", "--seconds", "0", "--out", str(tmp_path / "kernels")]
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *arguments])
     assert bench_kernels.main() == 0
@@ -196,6 +195,9 @@ def test_the_ring_goes_on_where_it_was_stopped(
     assert records[0]["backend"] in ("flash", "triton") and records[1]["backend"] == "triton"
     assert all(min(map(min, r[d]["steps"])) > 0 for r in records for d in ("forward", "backward"))
     assert "## small (H=2, K=1, D=64), 128 tokens, 1 x 2 ranks" in capsys.readouterr().out
+    (tmp_path / "trace.json").write_text('{"environment": {"dev')
+    with pytest.raises(SystemExit, match="no whole JSON"):
+        ring_trace.main([*arguments, "--resume"])
 
 
 @quiet_imports
@@ -205,6 +207,7 @@ def test_a_step_until_memory_ends(
     small = {"num_hidden_layers": 1, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(bench, "TINY", {**bench.TINY, **small, "intermediate_size": 96, "vocab_size": 128})
     monkeypatch.setattr(step_contestants, "ROUNDS", 1)
+    monkeypatch.setattr(step_contestants, "NEAR", 10.0)  # any budget will do
     # In so short a sequence even a small budget is half of the pairs, so the comparison has to be sharper.
     monkeypatch.setitem(check.TOLERANCE, "bf16", (1e-3, 1e-2, 0.05))
     measure, left = step_measure.measure, []
