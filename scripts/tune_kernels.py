@@ -334,7 +334,10 @@ def main(given: list[str] | None = None) -> int:
         "",
         f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['made']}.",
     ]
-    lines += [f"{target}. Times are medians of interleaved rounds (CUDA events). {FLOP_FORMULA}", ""]
+    lines += [
+        f"{target}. Times are medians of interleaved rounds (CUDA events, launches not included). {FLOP_FORMULA}",
+        "",
+    ]
     failed = False
 
     def tell(line: str) -> None:

@@ -98,7 +98,11 @@ def markdown(results: list[Record], facts: Record, *, smoke: bool) -> str:
     if smoke:
         lines += ["**Smoke run in the interpreter: it tests the script; its times say nothing about speed.**", ""]
     lines += [f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['made']}.", ""]
-    lines += [facts["formula"] + " Times are medians of interleaved rounds (CUDA events). bf16, causal, batch 1.", ""]
+    lines += [
+        facts["formula"]
+        + " Times are medians of interleaved rounds (CUDA events, launches on the host not included). bf16, causal, batch 1.",
+        "",
+    ]
     for (shape, length), records in groups(results).items():
         lines += [f"## {shape}, {length} tokens", ""]
         lines += [

@@ -29,8 +29,9 @@ from scripts.step_bench import bench, check
 from scripts.step_bench import contestants as step_contestants
 from scripts.step_bench import measure as step_measure
 from tests.gpu import test_estimation, test_flash, test_inference, test_numerics, test_syncs
-from tests.pretend_cuda import Device, pretended_cuda
+from tests.pretend_cuda import pretended_cuda
 from tests.pretend_cuda_plugin import small_gpu_tests
+from tests.pretend_tensors import Device
 
 SHAPE = Shape(2, 1, 64, 32)
 
