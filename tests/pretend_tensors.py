@@ -122,8 +122,7 @@ class Operators(TorchDispatchMode):
         if function in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
             if any(x is not None and (x.dtype == torch.bool or not on_device(x)) for x in args[1]):
                 self.device.waited(f"{function} by a boolean mask or by indices from the host")
-        blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
-        if elsewhere and function == aten.copy_.default and blocking:
+        if function == aten.copy_.default and elsewhere and True not in args[2:]:  # non_blocking is its third
             self.device.waited(function)
         if elsewhere and function not in MIXES:
             raise RuntimeError(
