@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from tests.gpu import cases
+from tests.gpu import cases, test_inference
 from tests.pretend_cuda import pretended_cuda
 
 MODULES = (
@@ -25,6 +25,7 @@ MODULES = (
     "test_repeat",
     "test_syncs",
 )  # others are small or quick
+TOKENS = 70  # of a text that the engine is asked about
 MEMORY = 8 << 30  # too small for what needs gigabytes
 
 
@@ -59,6 +60,12 @@ def small_gpu_tests() -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(module, "range", lambda *a: range(*a[:-1], min(a[-1], 8)), create=True)
             )
+        ids, answers = test_inference.ids_of, test_inference.answers
+        for member, stand_in in (
+            ("ids_of", lambda _: ids(TOKENS)),
+            ("answers", lambda engine, text, new, at: answers(engine, text, new, [min(x, TOKENS - 1) for x in at])),
+        ):
+            stack.enter_context(mock.patch.object(test_inference, member, stand_in))
         yield
 
 
