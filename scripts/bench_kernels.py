@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def main() -> int:
         lengths = QUICK if options.quick and not options.lengths else lengths
     densities = sorted({1.0, *options.densities}, reverse=True)
     path = options.out or (None if options.smoke else ROOT / "benchmarks" / "kernels")
-    facts = report.environment(device, options.smoke)
+    facts = report.environment(device, options.smoke, shlex.join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]))
     results: list[dict[str, Any]] = []
     for shape in shapes:
         for length in lengths:

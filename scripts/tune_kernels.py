@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -328,12 +329,9 @@ def main(given: list[str] | None = None) -> int:
     if target.key[0] != config.generation_of(torch.device("cuda")):
         print(f"this device uses other rows than sm_{capability}: leave out --capability", file=sys.stderr)
         return 2
-    facts = report.environment(torch.device("cuda"), smoke=False)
-    lines = [
-        "# Tiles tried",
-        "",
-        f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['made']}.",
-    ]
+    command = shlex.join(["python", "scripts/tune_kernels.py", *(sys.argv[1:] if given is None else given)])
+    facts = report.environment(torch.device("cuda"), smoke=False, command=command)
+    lines = ["# Tiles tried", "", report.versions(facts)]
     lines += [
         f"{target}. Times are medians of interleaved rounds (CUDA events, launches not included). {FLOP_FORMULA}",
         "",

@@ -17,6 +17,7 @@ import pytest
 
 from tests.gpu import cases, test_inference
 from tests.pretend_cuda import pretended_cuda
+from tests.separate import reason_to_skip
 
 MODULES = (
     "test_addressing",
@@ -71,6 +72,9 @@ def small_gpu_tests() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before tests are collected, because without a device they would be skipped."""
+    reason = reason_to_skip(interpret=True)
+    if reason is not None:
+        raise pytest.UsageError(f"tests.pretend_cuda_plugin: {reason}; with TRITON_INTERPRET=1 in front it runs")
     stack = contextlib.ExitStack()
     stack.enter_context(pretended_cuda(MEMORY))
     stack.enter_context(small_gpu_tests())

@@ -128,7 +128,8 @@ def test_the_benchmark_of_the_kernels(
     records = json.loads((tmp_path / "kernels.json").read_text())["results"]
     assert {r["name"] for r in records if "not_run" not in r} == {"torch SDPA flash", "ours"}
     assert all(r["host_syncs"] == "none" and r["index_bytes"] > 0 for r in records if r["name"] == "ours")
-    assert "## Bars" in capsys.readouterr().out and (tmp_path / "kernels.png").exists()
+    text = capsys.readouterr().out
+    assert "## Bars" in text and "bench_kernels.py --lengths 64" in text and (tmp_path / "kernels.png").exists()
 
 
 def test_tuning_drops_what_fails_and_goes_on(
