@@ -19,13 +19,8 @@ from tests.gpu import cases, test_inference
 from tests.pretend_cuda import pretended_cuda
 from tests.separate import reason_to_skip
 
-MODULES = (
-    "test_addressing",
-    "test_estimation",
-    "test_numerics",
-    "test_repeat",
-    "test_syncs",
-)  # others are small or quick
+# The others are small or quick.
+MODULES = ("test_addressing", "test_estimation", "test_numerics", "test_repeat", "test_syncs")
 TOKENS = 70  # of a text that the engine is asked about
 MEMORY = 8 << 30  # too small for what needs gigabytes
 
@@ -36,13 +31,10 @@ def small(make_case: Callable[..., cases.Case]) -> Callable[..., cases.Case]:
     def make(device: str, seed: int, seq_len: int, head_dim: int, **keys: Any) -> cases.Case:
         block = keys.get("block", 128)
         length = min(seq_len, 2 * block + (seq_len % block or block))
-        columns, kv_heads, group = (
-            min(keys.pop("columns", 65), length // 4),
-            keys.get("kv_heads", 1),
-            keys.pop("group", 2),
-        )
-        group = group if kv_heads == 1 else 2
-        return make_case(device, seed, length, head_dim, columns=columns, group=group, **keys)
+        columns = min(keys.pop("columns", 65), length // 4)
+        if keys.get("kv_heads", 1) > 1:
+            keys["group"] = 2
+        return make_case(device, seed, length, head_dim, columns=columns, **keys)
 
     return make
 

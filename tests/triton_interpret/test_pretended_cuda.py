@@ -121,7 +121,7 @@ quiet_imports = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of t
 def test_the_benchmark_of_the_kernels(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernel_cases, "Shape", lambda heads, *_: Shape(heads // 16, 1, 64, 32))
+    monkeypatch.setattr(kernel_cases, "Shape", lambda heads, *_: Shape(heads // 16, 1, 64, 64))
     arguments = ["--lengths", "64", "--densities", "0.8", "--seconds", "0", "--out", str(tmp_path / "kernels")]
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *arguments])
     assert bench_kernels.main() == 0
@@ -158,7 +158,7 @@ def test_tuning_drops_what_fails_and_goes_on(
 
     monkeypatch.setattr(kernel_contestants, "ours", ours)
     monkeypatch.setattr(kernel_measure, "SHORT", 32)
-    sizes = "--head-dim 64 --block 32 --heads 2 --kv-heads 1 --lengths 64 --densities 0.8 --seconds 0".split()
+    sizes = "--head-dim 64 --block 32 --heads 1 --kv-heads 1 --lengths 64 --densities 0.8 --seconds 0".split()
     files = ["--fits", str(tmp_path / "fits"), "--out", str(tmp_path / "tiles.md")]
     assert tune_kernels.main(["--kernels", "forward", "dkdv", *sizes, *files]) == 1
     text = capsys.readouterr().out
@@ -173,9 +173,9 @@ def test_the_ring_goes_on_where_it_was_stopped(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(ring_cases.MODELS, "qwen2.5-3b", ring_cases.Model("small", 2, 64, 128, 256, SHAPE))
-    monkeypatch.setattr(ring_trace, "SHORT", 128)
+    monkeypatch.setattr(ring_trace, "SHORT", 64)
     monkeypatch.setattr(ring_trace, "SHORT_RING", ring_trace.RingTopology(1, 2))
-    sizes = "--models qwen2.5-3b --lengths 128 --densities 1 0.8 --layouts striped --outer 1 --inner 2 --seconds 0"
+    sizes = "--models qwen2.5-3b --lengths 64 --densities 1 0.8 --layouts striped --outer 1 --inner 2 --seconds 0"
     arguments = [*sizes.split(), "--out", str(tmp_path / "trace")]
     trace = ring_cases.trace
 
@@ -194,7 +194,7 @@ def test_the_ring_goes_on_where_it_was_stopped(
     assert records[:1] == first and [r["density"] for r in records] == [1.0, 0.8]
     assert records[0]["backend"] in ("flash", "triton") and records[1]["backend"] == "triton"
     assert all(min(map(min, r[d]["steps"])) > 0 for r in records for d in ("forward", "backward"))
-    assert "## small (H=2, K=1, D=64), 128 tokens, 1 x 2 ranks" in capsys.readouterr().out
+    assert "## small (H=2, K=1, D=64), 64 tokens, 1 x 2 ranks" in capsys.readouterr().out
     (tmp_path / "trace.json").write_text('{"environment": {"dev')
     with pytest.raises(SystemExit, match="no whole JSON"):
         ring_trace.main([*arguments, "--resume"])
