@@ -14,8 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.waiting import READS
-
 aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 NAME = "pretended CUDA device"
@@ -24,7 +22,12 @@ MIXES = {
     aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default,
     aten.index_put.default, aten.set_.source_Tensor, aten.is_same_size.default,
 }  # fmt: skip
-WAITS = READS | {aten.bincount.default, aten.masked_scatter.default, aten.histc.default}
+# What reads a value, or has a result whose shape depends on one.
+WAITS = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
+    aten.unique_dim.default, aten.unique_consecutive.default, aten.equal.default, aten.is_nonzero.default,
+    aten.repeat_interleave.Tensor, aten.bincount.default, aten.masked_scatter.default, aten.histc.default,
+}  # fmt: skip
 
 
 class Device:
