@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart eval-quick test test-cpu test-interpret test-compile check lint format gpu gpu-tune gpu-ring gpu-step sanitize exactness bench parity clean
+.PHONY: help env quickstart eval-quick test test-cpu test-interpret test-compile check lint format gpu gpu-pretend gpu-tune gpu-ring gpu-step sanitize exactness bench parity clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ format: env ## wrap and sort as ruff does
 gpu: env ## on a CUDA device: its tests, then the benchmark of the kernels (gpu-tune, gpu-ring and gpu-step measure more)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
 	$(BIN)/python scripts/bench_kernels.py $(BENCH_ARGS)
+
+gpu-pretend: env ## without one: its tests in small on a pretended device (minutes; proves lines and results, never speed)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -p tests.pretend_cuda_plugin tests/gpu
 
 gpu-tune: env ## on a CUDA device: other launch shapes against those of the kernels' table
 	$(BIN)/python scripts/tune_kernels.py $(BENCH_ARGS)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def main() -> int:
         lengths = QUICK if options.quick and not options.lengths else lengths
     densities = sorted({1.0, *options.densities}, reverse=True)
     path = options.out or (None if options.smoke else ROOT / "benchmarks" / "kernels")
-    facts = report.environment(device, options.smoke)
+    facts = report.environment(device, options.smoke, shlex.join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]))
     results: list[dict[str, Any]] = []
     for shape in shapes:
         for length in lengths:
@@ -91,11 +92,9 @@ def main() -> int:
             results += measure.measure(settings)
             text = report.markdown(results, facts, smoke=options.smoke)
             if path is not None:  # after every length, so that a run that is cut short leaves what it has
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.with_suffix(".json").write_text(
-                    json.dumps({"environment": facts, "results": results}, indent=1) + "\n"
-                )
-                path.with_suffix(".md").write_text(text)
+                everything = json.dumps({"environment": facts, "results": results}, indent=1)
+                report.write_whole(path.with_suffix(".json"), everything + "\n")
+                report.write_whole(path.with_suffix(".md"), text)
             print(report.progress(results[-1], options.smoke), flush=True)
     print(text)
     if path is not None:

@@ -93,13 +93,14 @@ def main(given: list[str] | None = None) -> int:
 
 def compare(settings: Any, options: argparse.Namespace) -> int:
     """Check, measure, print; see `main`."""
+    from scripts.kernel_bench.report import read_results
     from scripts.step_bench import check, contestants, measure, report
     from scripts.step_bench.bench import Bench
     from scripts.step_bench.laps import device_index_timed
 
     before: dict[str, Any] = {"facts": [], "results": []}
     if options.add:
-        before = json.loads(options.out.with_suffix(".json").read_text())
+        before = read_results(options.out.with_suffix(".json"))
     known = before["facts"][0]["dense"] if before["facts"] else None
     at = min(max(options.lengths), 256 if options.tiny else 1 << 16)
     dense, trials = contestants.choose_dense(settings, at, known)
@@ -145,10 +146,11 @@ def merged(before: dict[str, Any], facts: dict[str, Any], records: list[dict[str
 
 def write(path: Path | None, text: str, everything: dict[str, Any]) -> None:
     """Both files, if there is a place for them."""
+    from scripts.kernel_bench.report import write_whole
+
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
+        write_whole(path.with_suffix(".json"), json.dumps(everything, indent=1) + "\n")
+        write_whole(path.with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

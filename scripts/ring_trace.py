@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from mtrain.topology import RingTopology
+from scripts.kernel_bench.report import read_results, write_whole
 from scripts.ring_trace_parts import cases, report
 from scripts.ring_trace_parts.cases import MODELS, Case
 
@@ -133,12 +134,12 @@ def main(given: list[str] | None = None) -> int:
     device = torch.device("cpu" if options.smoke else "cuda")
     if options.smoke:
         torch.set_num_threads(1)
+    trace = resumed(options, device)
     chosen, problems = checked(options, device)
     if problems:
         print("WRONG RESULTS, so no time is shown:\n  " + "\n  ".join(problems))
         return 1
     topology = RingTopology(options.outer, options.inner)
-    trace = resumed(options, device)
     done = {report.key(record) for record in trace["records"]}
     for model in options.models:
         trace["linear_rate"][model] = cases.linear_rate(MODELS[model], 64 if options.smoke else 8192, device)
@@ -173,7 +174,7 @@ def resumed(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     file = options.out and options.out.with_suffix(".json")
     if not (options.resume and file and file.exists()):
         return fresh
-    before = json.loads(file.read_text())
+    before = read_results(file)
     old = before["environment"]
     if any(old.get(name) != facts[name] for name in ("device", "torch", "triton")):
         raise SystemExit(
@@ -186,11 +187,9 @@ def resumed(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 def save(trace: dict[str, Any], path: Path | None) -> None:
     """The JSON, compact because it holds thousands of times, and the table."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(
-            json.dumps(trace, separators=(",", ":")).replace('{"model"', '\n{"model"') + "\n"
-        )
-        path.with_suffix(".md").write_text(report.markdown(trace))
+        text = json.dumps(trace, separators=(",", ":")).replace('{"model"', '\n{"model"')
+        write_whole(path.with_suffix(".json"), text + "\n")
+        write_whole(path.with_suffix(".md"), report.markdown(trace))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ def misfit(kernel: str, target: Target, tile: Tile) -> str | None:
             launches = structured_launches(target.capability, target.head_dim, dtype, target.block, documents=True)
             found = next(x for x in launches if x.name == LAUNCHES[kernel]).measure(target.capability)
     except Exception as error:  # the compiler refuses in many ways, and each of them only drops the candidate
-        return f"does not compile: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]}"
+        return f"does not compile: {measure.told(error)}"
     if found.spills:
         return f"spills {found.spills} bytes"
     if found.shared > SHARED_LIMIT[target.capability]:
@@ -151,8 +152,8 @@ def wrong(kernel: str, target: Target, tile: Tile, settings: measure.Settings) -
             with using(kernel, target, tile):
                 out = contestants.ours(pattern)(q, k, v)
                 found = (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
-        except RuntimeError as error:
-            return f"does not run: {(str(error).strip().splitlines() or [''])[0][:100]}"
+        except Exception as error:  # Triton's errors (too much shared memory, say) are not RuntimeErrors
+            return f"does not run: {measure.told(error)}"
         truth, plain = (dense_by_rows(q, k, v, dout, pattern, dtype=dtype) for dtype in (torch.float64, q.dtype))
         for name, a, at in zip(("out", "dq", "dk", "dv"), found, (0, 2, 3, 4), strict=True):
             problem = differs(a, truth[at], plain[at], gradient=at > 0)
@@ -170,21 +171,23 @@ def differs(found: Tensor, truth: Tensor, plain: Tensor, *, gradient: bool) -> s
 
 
 def timed(kernel: str, target: Target, tiles: list[Tile], settings: measure.Settings) -> list[dict[str, Any]]:
-    """One record per tile: milliseconds of the kernel's direction for every density of the settings."""
+    """One record per tile: milliseconds of the kernel's direction for every density, or why it "failed" at this length."""
     direction = "forward" if kernel == "forward" else "backward"
     records: list[dict[str, Any]] = [{"tile": tile, "ms": {}} for tile in tiles]
     tensors = tensors_of(target, settings)
     with mock.patch.dict(config.TABLE[kernel]):  # whatever happens inside, the table comes back
         for density in settings.densities:
             pattern = vertical_slash(settings.shape, settings.length, density)[0].to(settings.device)
-            entries: list[tuple[dict[str, Any], contestants.Attend]]
-            entries = [({}, attend_with(kernel, target, tile, pattern)) for tile in tiles]
-            for _, attend in entries:
-                reason = measure.usable(attend, tensors, direction == "backward")
+            turns: list[tuple[dict[str, Any], dict[str, Any], contestants.Attend]] = []
+            for record in records:
+                attend = attend_with(kernel, target, record["tile"], pattern)
+                reason = record.get("failed") or measure.usable(attend, tensors, direction == "backward")
                 if reason:
-                    raise RuntimeError(f"{kernel} did not run at {settings.length} tokens: {reason}")
-            measure.take_turns(entries, tensors, settings)
-            for (found, _), record in zip(entries, records, strict=True):
+                    record["failed"] = reason
+                else:
+                    turns.append((record, {}, attend))
+            measure.take_turns([(found, attend) for _, found, attend in turns], tensors, settings)
+            for record, found, _ in turns:
                 record["ms"][density] = found[f"{direction}_ms"]
     return records
 
@@ -212,7 +215,9 @@ def table(kernel: str, records: list[dict[str, Any]]) -> list[str]:
 def pasted(kernel: str, target: Target, tile: Tile) -> str:
     """The row as config.py writes it."""
     row = ", ".join(f"Tile({t.m}, {t.n}, {t.warps}, {t.stages})" for t in row_with(kernel, target, tile))
-    return f"{kernel}:     {target.key}: ({row},),"
+    generation, *rest = target.key
+    name = {config.AMPERE: "AMPERE", config.HOPPER: "HOPPER", config.SMALL: "SMALL"}[generation]
+    return f"{kernel}:     ({name}, {', '.join(map(str, rest))}): ({row},),"
 
 
 def tune(kernel: str, target: Target, options: argparse.Namespace, device: torch.device) -> Iterator[str]:
@@ -235,6 +240,10 @@ def tune(kernel: str, target: Target, options: argparse.Namespace, device: torch
         )
     for length in options.lengths:
         records = timed(kernel, target, kept, replace(settings, length=length))
+        if reason := records[0].get("failed"):
+            raise RuntimeError(f"the row in force for {kernel} did not run at {length} tokens: {reason}")
+        yield from (f"- {kernel} {text_of(r['tile'])}: {r['failed']}" for r in records if "failed" in r)
+        records = [record for record in records if "failed" not in record]
         yield from ["", f"{shape}, {length} tokens:", "", *table(kernel, records), ""]
         best = min(records, key=lambda r: score(r, records[0]))
         yield f"best at {length} tokens, ready to paste: `{pasted(kernel, target, best['tile'])}`"
@@ -256,8 +265,7 @@ def dry_run(target: Target, options: argparse.Namespace) -> int:
                 fits += [] if reason else [f"{kernel} {text_of(tile)}"]
             print(f"  {text_of(tile)}{verdict}", flush=True)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join(fits) + "\n")
+        report.write_whole(options.out, "\n".join(fits) + "\n")
     return int(failed)
 
 
@@ -303,7 +311,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 def main(given: list[str] | None = None) -> int:
-    """0: done. 1: the row in force does not fit. 2: there is nothing to measure on."""
+    """0: done. 1: a row in force does not fit, or a kernel could not be tuned. 2: there is nothing to measure on."""
     options = arguments(given)
     available = torch.cuda.is_available()
     if not options.dry_run and not available:
@@ -323,21 +331,29 @@ def main(given: list[str] | None = None) -> int:
     if target.key[0] != config.generation_of(torch.device("cuda")):
         print(f"this device uses other rows than sm_{capability}: leave out --capability", file=sys.stderr)
         return 2
-    facts = report.environment(torch.device("cuda"), smoke=False)
-    lines = [
-        "# Tiles tried",
+    command = shlex.join(["python", "scripts/tune_kernels.py", *(sys.argv[1:] if given is None else given)])
+    facts = report.environment(torch.device("cuda"), smoke=False, command=command)
+    lines = ["# Tiles tried", "", report.versions(facts)]
+    lines += [
+        f"{target}. Times are medians of interleaved rounds (CUDA events, launches not included). {FLOP_FORMULA}",
         "",
-        f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['made']}.",
     ]
-    lines += [f"{target}. Times are medians of interleaved rounds (CUDA events). {FLOP_FORMULA}", ""]
+    failed = False
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+        if options.out:
+            report.write_whole(options.out, "\n".join(lines) + "\n")
+
     for kernel in options.kernels:
-        for line in tune(kernel, target, options, torch.device("cuda")):
-            lines.append(line)
-            print(line, flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text("\n".join(lines) + "\n")
-    return 0
+        try:
+            for line in tune(kernel, target, options, torch.device("cuda")):
+                tell(line)
+        except RuntimeError as error:  # the other kernels can still be tuned
+            failed = True
+            tell(f"- {kernel} is not tuned: {measure.told(error)}")
+    return int(failed)
 
 
 if __name__ == "__main__":

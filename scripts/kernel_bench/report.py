@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
+import subprocess
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ SPEED_UP = {"forward": 6.0, "backward": 5.0}
 INDEX_TIME, INDEX_BYTES, INDEX_FROM = 0.05, 0.01, 1 << 17
 
 
-def environment(device: torch.device, smoke: bool) -> Record:
+def environment(device: torch.device, smoke: bool, command: str) -> Record:
     """What the figures were made with."""
     facts: Record = {
         "made": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -35,10 +37,45 @@ def environment(device: torch.device, smoke: bool) -> Record:
         "device": "CPU, interpreter (smoke)" if smoke else torch.cuda.get_device_name(device),
         "formula": FLOP_FORMULA,
     }
+    facts["command"] = command
     if not smoke:
-        facts["cuda"] = torch.version.cuda
+        facts["cuda"], facts["driver"] = torch.version.cuda, driver()
         facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return facts
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None where nvidia-smi does not say."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer[0] if answer else None
+
+
+def versions(facts: Record) -> str:
+    """The command, the device and the versions in one line."""
+    names = ("torch", "triton", "cuda", "driver")
+    told = ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name))
+    return f"`{facts['command']}`, {facts['device']}, {told}, {facts['made']}."
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never half there, whenever the run is stopped; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def read_results(path: Path) -> Record:
+    """What `write_whole` wrote as JSON. Ends the program where that is not what it finds."""
+    try:
+        found: Record = json.loads(path.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{path} is no whole JSON ({error}): move it away and measure everything anew") from error
+    return found
 
 
 def progress(record: Record, smoke: bool) -> str:
@@ -79,8 +116,12 @@ def markdown(results: list[Record], facts: Record, *, smoke: bool) -> str:
     lines = ["# Kernels: measured speed", ""]
     if smoke:
         lines += ["**Smoke run in the interpreter: it tests the script; its times say nothing about speed.**", ""]
-    lines += [f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['made']}.", ""]
-    lines += [facts["formula"] + " Times are medians of interleaved rounds (CUDA events). bf16, causal, batch 1.", ""]
+    lines += [versions(facts), ""]
+    lines += [
+        facts["formula"]
+        + " Times are medians of interleaved rounds (CUDA events, launches on the host not included). bf16, causal, batch 1.",
+        "",
+    ]
     for (shape, length), records in groups(results).items():
         lines += [f"## {shape}, {length} tokens", ""]
         lines += [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from scripts.kernel_bench.report import driver
 from scripts.ring_trace_parts.cases import FLOP_FORMULA, MODELS
 from scripts.ring_trace_parts.model import Cluster, clusters, imbalances, layer_time, local_seconds, training_step
 
@@ -27,19 +28,9 @@ def environment(device: torch.device, command: str) -> Record:
         "triton": metadata.version("triton") if util.find_spec("triton") else None,
         "flash_attn": metadata.version("flash-attn") if util.find_spec("flash_attn") else None,
         "cuda": torch.version.cuda,
-        "driver": _driver() if cuda else None,
+        "driver": driver() if cuda else None,
         "formula": FLOP_FORMULA,
     }
-
-
-def _driver() -> str | None:
-    import subprocess
-
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 def key(record: Record) -> tuple[Any, ...]:

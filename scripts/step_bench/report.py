@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import platform
-import subprocess
 from importlib import metadata, util
 from typing import Any
 
 import torch
 
+from scripts.kernel_bench.report import driver
 from scripts.step_bench.bench import Settings
 from scripts.step_bench.check import COMPARED
 from scripts.step_bench.laps import PARTS
@@ -41,7 +41,7 @@ def environment(settings: Settings, dense: str, command: str) -> Record:
         "made": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)",
-        "driver": _driver() if cuda else None,
+        "driver": driver() if cuda else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": metadata.version("triton") if util.find_spec("triton") else None,
@@ -53,15 +53,6 @@ def environment(settings: Settings, dense: str, command: str) -> Record:
         "sizes": f"block {settings.block}, sink {settings.sink}, local {settings.local}, loss chunk {settings.loss_chunk}",
         "dense": dense,
     }  # fmt: skip
-
-
-def _driver() -> str | None:
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer[0] if answer else None
 
 
 def step_flop(config: dict[str, Any], length: int, density: float) -> float:

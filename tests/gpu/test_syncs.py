@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtrain.patterns import Coverage, TopK, estimate_vertical_slash
+from mtrain.patterns import Coverage, PatternPlan, TopK, estimate_vertical_slash
 from mtrain.patterns.budget import Budget
+from mtrain.recipe.schema import AttentionRecipe
 from sparse_kernels import SparsePattern, sparse_attention
 from tests.gpu.cases import Case, make_case
 
@@ -52,6 +53,21 @@ def test_estimate_index_forward_and_backward(budget: Budget, documents: int) -> 
         return attend(case, pattern)
 
     first = step()  # compiles the kernels
+    torch.cuda.synchronize()
+    with no_waiting():
+        again = step()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["xattention", "moba"])
+def test_choosing_blocks(pattern: str) -> None:
+    case = make_case("cuda", 6, 4096 - 37, 128, kv_heads=2, group=4, documents=3)
+    plan = PatternPlan(AttentionRecipe(pattern=pattern, block=128, stride=16, threshold=0.8, chunk=256, top_k=3), 1)
+
+    def step() -> tuple[Tensor, ...]:
+        return attend(case, plan.index(0, case.q, case.k, doc_start=case.doc_start))
+
+    first = step()
     torch.cuda.synchronize()
     with no_waiting():
         again = step()

@@ -19,18 +19,13 @@ from mtrain.layout import RingLayout
 from mtrain.models.statistics import mask_density
 from mtrain.patterns import PatternPlan, measure_recall, reach_by_distance
 from mtrain.patterns.blocks import with_rows
-from mtrain.patterns.documents import Documents
-from mtrain.patterns.moba import select_moba
-from mtrain.patterns.placement import Placement
 from mtrain.patterns.recall import blocks_of
-from mtrain.patterns.xattention import select_xattention
 from mtrain.recipe.schema import AttentionRecipe, RefreshEvery
 from mtrain.topology import RingTopology
 from mtrain.verify.exactness import documents, make_layout
 from sparse_kernels import BlockRows, PatternError, SparsePattern, resolve_backend
 from tests.mtrain.test_block_patterns import random_qk, recipe, ring_agrees, same
 from tests.sparse_kernels.cpu_cases import random_pattern
-from tests.waiting import PretendDevice
 
 SEQ_LEN, BLOCK = 149, 8
 RINGS = ((1, 1), (1, 2), (1, 3), (2, 2))
@@ -209,22 +204,6 @@ def test_a_rank_receives_the_choices_of_its_own_queries_only() -> None:
     for traffic in run_ranks(lambda ring: sent(ring, recipe("moba", chunk=None)), inner=4):
         assert traffic["all_to_all_bytes"] == 64 * 64 // 8  # one head's bits, a quarter to each rank
         assert traffic["all_gather_bytes"] == 16 * 6 * 8 * 4  # the sums of the blocks
-
-
-@pytest.mark.parametrize("name", ["xattention", "moba"])
-def test_an_estimate_asks_the_device_for_nothing(name: str) -> None:
-    q, k = random_qk(SEQ_LEN)
-    layout = RingLayout.build("zigzag", SEQ_LEN, 1, BLOCK)
-    q, k = layout.shard(q, 0, 1), layout.shard(k, 0, 1)
-    placement = Placement.of(layout.local_len, BLOCK, SingleRing(), layout)
-    site = Documents.gather(None, placement), placement
-    with PretendDevice(q, k) as device:
-        if name == "moba":
-            chosen = select_moba(q, k, *site, chunk=16, top_k=3)
-        else:
-            chosen = select_xattention(q, k, *site, stride=4, threshold=0.6, sink=2, local=5)
-        bits = chosen.pack(placement)
-        assert name == "moba" or bits in device.there  # moba's begin as zeros, which are not followed
 
 
 def test_rows_fetched_for_a_recall_are_bits_of_these_rows() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_kernels import BlockRows, PatternError, ShardView, SparsePattern, sparse_attention
 from sparse_kernels.bits import pack_bits
-from tests.waiting import PretendDevice, WouldWait
+from tests.pretend_cuda import pretended_cuda
 
 
 def random_table(seed: int, size: int, batch: int = 2, heads: int = 3) -> Tensor:
@@ -58,11 +58,13 @@ def test_bits_are_the_table_without_the_future(size: int) -> None:
 def test_nothing_asks_the_device_for_a_number() -> None:
     table, rows = random_table(2, 17), some_rows(6, 17)
     given = table[:, :, rows.clamp(max=16)]
-    with PretendDevice(given) as device:
+    with pretended_cuda():
+        given = given.cuda()
+        torch.cuda.set_sync_debug_mode("error")
         mine = BlockRows.of_table(given, rows)
         found = [mine.bits, mine.take(rows[2:]).bits, mine.take(torch.arange(17), absent=True).bits, mine.table()]
-        assert all(x in device.there for x in found)
-        with pytest.raises(WouldWait):
+        assert all(x.is_cuda for x in found)
+        with pytest.raises(RuntimeError, match="synchronizing"):
             mine.bits.max().item()
 
 

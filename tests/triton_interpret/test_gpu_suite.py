@@ -11,10 +11,8 @@ import torch
 from scripts import bench_kernels
 from scripts.kernel_bench import cases as bench_cases
 from scripts.kernel_bench import contestants
-from sparse_kernels import ShardView, SparsePattern
+from sparse_kernels import SparsePattern
 from sparse_kernels.accuracy import dense_by_rows, two_rules
-from sparse_kernels.gpu import TritonBackend
-from sparse_kernels.pattern import pad_doc_start
 from tests.gpu.cases import (
     complaints,
     differing_runs,
@@ -25,7 +23,6 @@ from tests.gpu.cases import (
     unselected_gradient,
 )
 from tests.patterns import as_blocks
-from tests.waiting import PretendDevice, WouldWait
 
 
 @pytest.mark.parametrize("blocks", [0.0, 0.4])
@@ -116,25 +113,6 @@ def test_flex_attention_gets_the_same_mask() -> None:
     for q in range(16):
         listed = mask.full_kv_indices[0, 1, q, : int(mask.full_kv_num_blocks[0, 1, q])]
         assert torch.equal(listed, full[0, 1, q].nonzero().flatten().int())
-
-
-@pytest.mark.parametrize("blocks", [0.0, 0.3])
-def test_nothing_asks_the_device_for_a_number(blocks: float) -> None:
-    """Index, forward and backward, with every tensor that would be on a GPU followed through all operations."""
-    case = make_case("cpu", 6, 150, 64, block=32, columns=20, diagonals=2, blocks=blocks, documents=3, kv_heads=1)
-    pattern, every = case.pattern, torch.arange(case.pattern.num_blocks)
-    padded = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 10)) for t in (case.q, case.k, case.v, case.dout)]
-    doc_start = pad_doc_start(case.doc_start, pattern)
-    view = ShardView(pattern, every, k_blocks=every, inline_columns=True, doc_start=doc_start)
-    backend = TritonBackend()
-    bits = None if pattern.block_rows is None else pattern.block_rows.bits
-    with PretendDevice(*padded, pattern.columns, pattern.diagonals, bits, doc_start) as device:
-        out, lse = backend.forward(*padded[:3], view, 0.125)
-        assert out in device.there
-        backend.backward(padded[3], *padded[:3], out, lse, view, 0.125)
-        for question in (lambda: out.sum().item(), lambda: out[out > 0], lambda: pattern.diagonals.max().item()):
-            with pytest.raises(WouldWait):
-                question()
 
 
 def smoke(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

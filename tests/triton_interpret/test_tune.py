@@ -62,7 +62,7 @@ def test_neighbours_differ_in_one_number() -> None:
 
 
 def test_the_row_to_paste_keeps_the_tiles_of_other_blocks() -> None:
-    row = config.TABLE["forward"][(9, 64, 2)]
+    row = config.TABLE["forward"][(config.HOPPER, 64, 2)]
     assert tune_kernels.row_with("forward", Target(90, 64, "bf16", 64), Tile(64, 32, 4, 2)) == (
         row[0],
         Tile(64, 32, 4, 2),
