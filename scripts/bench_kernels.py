@@ -76,6 +76,7 @@ def main() -> int:
     densities = sorted({1.0, *options.densities}, reverse=True)
     path = options.out or (None if options.smoke else ROOT / "benchmarks" / "kernels")
     facts = report.environment(device, options.smoke, shlex.join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]))
+    facts |= measure.ceilings(device)
     results: list[dict[str, Any]] = []
     for shape in shapes:
         for length in lengths:

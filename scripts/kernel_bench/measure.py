@@ -19,6 +19,7 @@ from sparse_kernels.accuracy import dense_by_rows, two_rules
 
 ROUNDS = 3, 25  # least and most
 SHORT = 2048  # tokens of the copy that is compared as a whole
+LARGE = 8192  # rows of the matrices that show a device's ceilings
 HEAD_START = 4_000_000  # clock cycles, about 2 ms, that a device waits before it begins what is timed
 
 
@@ -113,6 +114,24 @@ def clock(device: torch.device, work: Callable[[], Any]) -> tuple[Callable[[], f
         return begin.elapsed_time(end)
 
     return read, result
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this device does at best through torch, medians of some runs: bytes per second of a copy on it (bytes read plus bytes
+    written), and FLOP per second of a product of two bf16 matrices, random as real data is."""
+    size = LARGE if device.type == "cuda" else 64
+    source = torch.randn(8, size, size, dtype=torch.bfloat16, device=device)
+    target, (a, b) = torch.empty_like(source), source[:2]
+
+    def rate(work: Callable[[], Any], amount: float) -> float:
+        taken = []
+        for _ in range(12):
+            read, _ = clock(device, work)
+            taken.append(read())
+        return amount / statistics.median(taken[2:]) * 1e3
+
+    copied = rate(lambda: target.copy_(source), 2 * source.nbytes)
+    return {"copy_bytes_per_s": copied, "matmul_flop_per_s": rate(lambda: a @ b, 2 * size**3)}
 
 
 def one_round(attend: contestants.Attend, tensors: tuple[Tensor, ...], backward: bool) -> tuple[float, float | None]:

@@ -122,6 +122,11 @@ def markdown(results: list[Record], facts: Record, *, smoke: bool) -> str:
         + " Times are medians of interleaved rounds (CUDA events, launches on the host not included). bf16, causal, batch 1.",
         "",
     ]
+    lines += [
+        f"Ceilings of this device in the same run: copy {facts['copy_bytes_per_s'] / 1e9:.0f} GB/s (bytes read and written), bf16 "
+        f"matrix product {facts['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s.",
+        "",
+    ]
     for (shape, length), records in groups(results).items():
         lines += [f"## {shape}, {length} tokens", ""]
         lines += [

@@ -124,6 +124,7 @@ def test_the_benchmark_of_the_kernels(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kernel_cases, "Shape", lambda heads, *_: Shape(heads // 16, 1, 64, 64))
+    monkeypatch.setattr(kernel_measure, "LARGE", 64)
     arguments = ["--lengths", "64", "--densities", "0.8", "--seconds", "0", "--out", str(tmp_path / "kernels")]
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *arguments])
     assert bench_kernels.main() == 0
@@ -131,6 +132,7 @@ def test_the_benchmark_of_the_kernels(
     assert {r["name"] for r in records if "not_run" not in r} == {"torch SDPA flash", "ours"}
     assert all(r["host_syncs"] == "none" and r["index_bytes"] > 0 for r in records if r["name"] == "ours")
     text = capsys.readouterr().out
+    assert "Ceilings of this device in the same run: copy" in text
     assert "## Bars" in text and "bench_kernels.py --lengths 64" in text and (tmp_path / "kernels.png").exists()
 
 
