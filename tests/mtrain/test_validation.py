@@ -261,6 +261,14 @@ def test_measuring_rows_that_nobody_holds_out_is_an_error_that_says_what_to_type
     assert main(["inspect", "quickstart-extend", *zero, f"log.{key}", "data.validation_rows=4"]) == 0
 
 
+def test_who_takes_the_held_out_rows_away_is_told_all_that_goes_with_them(capsys):
+    """A recipe that measures cannot be un-written from the command line: the message says the values that turn it off."""
+    assert main(["inspect", "quickstart-extend", "data.validation_rows=0"]) == 2
+    typed = capsys.readouterr().err.rsplit(", or ", 1)[1].split()
+    assert typed == ["log.validate_every=0", "log.validate_dense=false"]
+    assert main(["inspect", "quickstart-extend", "data.validation_rows=0", *typed]) == 0
+
+
 def test_inspect_says_what_is_held_out_and_when_it_is_measured(capsys):
     held = ["data.validation_rows=3", "log.validate_every=7", "log.validate_dense=true"]
     for words, said in (
