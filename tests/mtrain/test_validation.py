@@ -214,6 +214,20 @@ def test_a_resumed_run_is_measured_on_the_same_rows_at_the_same_steps(tmp_path):
     assert lines(tmp_path, "halves", "validation_loss") == halves
 
 
+@pytest.mark.parametrize("stop_after", [None, 4])
+def test_a_run_that_is_killed_while_it_measures_does_so_when_it_resumes(tmp_path, monkeypatch, stop_after):
+    changes = {"data__validation_rows": 3, "log__validate_every": 2}
+    train(tiny_recipe(tmp_path, "whole", **changes))
+    with monkeypatch.context() as killed:
+        last, measure = stop_after or 6, Run.validate
+        killed.setattr(Run, "validate", lambda run: 1 / 0 if run.step == last else measure(run))
+        with pytest.raises(ZeroDivisionError):
+            train(tiny_recipe(tmp_path, "killed", checkpoint__stop_after=stop_after, **changes))
+    train(tiny_recipe(tmp_path, "killed", **changes))
+    assert lines(tmp_path, "killed", "validation_loss") == lines(tmp_path, "whole", "validation_loss")
+    assert lines(tmp_path, "killed", "loss") == lines(tmp_path, "whole", "loss")
+
+
 # --------------------------------------------------------------------------------------------------------- what it tells
 
 
