@@ -24,7 +24,7 @@ from mtrain.data.tokenizer import load_tokenizer
 from mtrain.errors import CheckpointError, MtrainError
 from mtrain.export import export_model
 from mtrain.layout import RingLayout
-from mtrain.metrics import MetricsLog, Window, density_summary, peak_memory_mb
+from mtrain.metrics import MetricsLog, Window, density_summary, peak_memory_mb, read_lines
 from mtrain.models.attach import attach
 from mtrain.models.build import adopt_special_tokens, load_model
 from mtrain.models.context import RingContext
@@ -201,6 +201,8 @@ class Run:
         """Step until the end or a reason to stop; save; export when the recipe is done."""
         recipe, result = self.recipe, None
         stopped: str | None = None
+        if self.resumed_from and self._validates() and not self._is_measured():
+            self.validate()
         while self.step < recipe.train.steps and stopped is None:
             result = self.one_step(stop.asked)
             if self.step < recipe.train.steps:
@@ -210,7 +212,7 @@ class Run:
             last = stopped is not None or self.step == recipe.train.steps
             if last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
                 self.save(last)
-            if self._validates():  # after the save: a process that dies in it loses a figure, not a state
+            if self._validates():  # after the save: a process that dies in it resumes there, and measures first
                 self.validate()
         export = None if stopped else self.export()
         if stopped:
@@ -276,6 +278,15 @@ class Run:
         every = self.recipe.log.validate_every
         due = self.step == self.recipe.train.steps or (every > 0 and self.step % every == 0)
         return self.validation is not None and due
+
+    def _is_measured(self) -> bool:
+        """Whether run.jsonl has the held-out loss of this step; a run that was killed while it measured has saved the step."""
+
+        def found() -> bool:
+            lines = read_lines(self.log.path, having="validation_loss") if self.world.is_main else []
+            return any(line["step"] == self.step for line in lines)
+
+        return any(self.world.together("the main process to read its record", found))
 
     def validate(self) -> None:
         """Measure the loss on the held-out rows: a line of run.jsonl of its own, and one that is said."""

@@ -45,7 +45,7 @@ class Validation:
         if not self.targets:
             raise DataError(
                 f"data: the {len(rows.tokens)} held-out rows hold no token to predict: every held-out document is a single token; "
-                "add longer documents, or set data.validation_rows=0 log.validate_every=0"
+                "add longer documents, or set data.validation_rows=0 log.validate_every=0 log.validate_dense=false"
             )
         world = stepper.world
         content = b"".join(x.numpy().tobytes() for x in (rows.tokens, rows.labels, rows.doc_start))

@@ -72,7 +72,8 @@ class CorpusSource(Source):
         if dict(state) != now:
             raise DataError(
                 f"data: {self.name} is not the data of the checkpoint ({dict(state)} then, {now} now); restore the files, the "
-                "tokenizer and, for python-stdlib, the Python version, or start afresh with checkpoint.resume=never"
+                "tokenizer, data.validation_rows (0 trains on every document, more leaves the held-out ones out) and, for "
+                "python-stdlib, the Python version, or start afresh with checkpoint.resume=never"
             )
 
     def _locate(self, epoch: int, at: int) -> tuple[int, int]:

@@ -192,7 +192,7 @@ def _chosen(store: TokenStore, recipe: SourceRecipe, held_out: bool | None) -> n
     chosen = np.flatnonzero(store.held_out() == held_out)
     if len(chosen) == 0:
         raise DataError(
-            f"data: {recipe.path} is a single document, so none can be held out; set data.validation_rows=0, "
-            "or split it (`options: {by: paragraph}` for text)"
+            f"data: {recipe.path} is a single document, so none can be held out; set data.validation_rows=0 "
+            "log.validate_every=0 log.validate_dense=false, or split it (`options: {by: paragraph}` for text)"
         )
     return chosen

@@ -204,13 +204,14 @@ def check_recipe(recipe: schema.Recipe) -> None:
     stop = recipe.checkpoint.stop_after
     if stop is not None and stop > recipe.train.steps:
         raise FieldError("checkpoint.stop_after", f"must not exceed train.steps ({recipe.train.steps}), got {stop}")
-    for key in ("validate_every", "validate_dense"):
-        if getattr(recipe.log, key) and not recipe.data.validation_rows:
-            raise FieldError(
-                f"log.{key}",
-                "measures the loss on held-out rows, and none are held out; set data.validation_rows too, for example "
-                f"data.validation_rows={recipe.train.batch_rows}, or remove log.{key}",
-            )
+    off = {"validate_every": "0", "validate_dense": "false"}
+    asked = [key for key in off if getattr(recipe.log, key)]
+    if asked and not recipe.data.validation_rows:
+        raise FieldError(
+            f"log.{asked[0]}",
+            "measures the loss on held-out rows, and none are held out; set data.validation_rows too, for example "
+            f"data.validation_rows={recipe.train.batch_rows}, or {' '.join(f'log.{key}={off[key]}' for key in asked)}",
+        )
     _check_every_step_has_data(recipe)
 
 

@@ -90,7 +90,7 @@ class TopKBudget:
 
 @dataclass(frozen=True)
 class RefreshEvery:
-    """Estimate the pattern anew in every `every`-th step and re-use it between."""
+    """Estimate the pattern anew in every `every`-th step, from its first micro-batch, and re-use it until the next."""
 
     every: int
 

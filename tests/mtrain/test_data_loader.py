@@ -371,9 +371,17 @@ def test_loss_on_the_last_tokens_only(last: int) -> None:
     assert (held_out_rows(data, TOKENIZER, 2, 96, single_document=True).labels[:, :-1] != IGNORE).all()
 
 
+def test_holding_out_documents_that_a_checkpoint_was_trained_on_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(60)))
+    source = SourceRecipe("jsonl", path=str(tmp_path / "many.jsonl"))
+    before = make_loader(_recipe(source, validation_rows=0), TOKENIZER).state_dict()
+    with pytest.raises(DataError, match="restore .*data.validation_rows"):
+        make_loader(_recipe(source, validation_rows=3), TOKENIZER).load_state_dict(before)
+
+
 def test_a_lone_document_cannot_be_held_out(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("word " * 999)
-    with pytest.raises(DataError, match="is a single document, so none can be held out"):
+    with pytest.raises(DataError, match="so none can be held out; set data.validation_rows=0 log.validate_every=0"):
         held_out_rows(DataRecipe(sources=(SourceRecipe("text", path=str(tmp_path)),)), TOKENIZER, 1, 64)
 
 

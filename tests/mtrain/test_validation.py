@@ -214,6 +214,20 @@ def test_a_resumed_run_is_measured_on_the_same_rows_at_the_same_steps(tmp_path):
     assert lines(tmp_path, "halves", "validation_loss") == halves
 
 
+@pytest.mark.parametrize("stop_after", [None, 4])
+def test_a_run_that_is_killed_while_it_measures_does_so_when_it_resumes(tmp_path, monkeypatch, stop_after):
+    changes = {"data__validation_rows": 3, "log__validate_every": 2}
+    train(tiny_recipe(tmp_path, "whole", **changes))
+    with monkeypatch.context() as killed:
+        last, measure = stop_after or 6, Run.validate
+        killed.setattr(Run, "validate", lambda run: 1 / 0 if run.step == last else measure(run))
+        with pytest.raises(ZeroDivisionError):
+            train(tiny_recipe(tmp_path, "killed", checkpoint__stop_after=stop_after, **changes))
+    train(tiny_recipe(tmp_path, "killed", **changes))
+    assert lines(tmp_path, "killed", "validation_loss") == lines(tmp_path, "whole", "validation_loss")
+    assert lines(tmp_path, "killed", "loss") == lines(tmp_path, "whole", "loss")
+
+
 # --------------------------------------------------------------------------------------------------------- what it tells
 
 
@@ -259,6 +273,14 @@ def test_measuring_rows_that_nobody_holds_out_is_an_error_that_says_what_to_type
         capsys.readouterr().err
     )
     assert main(["inspect", "quickstart-extend", *zero, f"log.{key}", "data.validation_rows=4"]) == 0
+
+
+def test_who_takes_the_held_out_rows_away_is_told_all_that_goes_with_them(capsys):
+    """A recipe that measures cannot be un-written from the command line: the message says the values that turn it off."""
+    assert main(["inspect", "quickstart-extend", "data.validation_rows=0"]) == 2
+    typed = capsys.readouterr().err.rsplit(", or ", 1)[1].split()
+    assert typed == ["log.validate_every=0", "log.validate_dense=false"]
+    assert main(["inspect", "quickstart-extend", "data.validation_rows=0", *typed]) == 0
 
 
 def test_inspect_says_what_is_held_out_and_when_it_is_measured(capsys):
