@@ -27,6 +27,9 @@ class BlockRows:
         bits: uint8 [B, H, bytes], row after row: of query block m, m // 8 + 1 bytes, in which bit n % 8 of byte n // 8 says
             whether key block n is chosen. Bits of the future are 0, so equal choices are equal bits.
         whole: are these all query blocks, in order (padding apart)?
+
+    Raises:
+        PatternError: bits of another type or number than the rows take; kernels would read past their end.
     """
 
     num_blocks: int
@@ -35,6 +38,12 @@ class BlockRows:
     whole: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        size = int(_sizes(self.rows, self.num_blocks).sum())  # a CPU tensor
+        if self.bits.dim() != 3 or self.bits.shape[2] != size or self.bits.dtype != torch.uint8:
+            raise PatternError(
+                f"bits are {self.bits.dtype} {tuple(self.bits.shape)}; the rows of these {len(self.rows)} query blocks take uint8 "
+                f"[B, H, {size}]: make them with BlockRows.of_table"
+            )
         object.__setattr__(
             self, "whole", torch.equal(self.rows[self.rows < self.num_blocks], torch.arange(self.num_blocks))
         )
@@ -50,9 +59,8 @@ class BlockRows:
         """From `pack_bits` of such a table, uint8 [B, H, n, ceil(NB / 8)]."""
         slot, byte = _bytes_of(rows, num_blocks, packed.device)
         picked = packed.flatten(2).index_select(2, slot * packed.shape[3] + byte)
-        past = (upload(rows, packed.device)[slot] + 1 - 8 * byte).clamp(
-            max=8
-        )  # bits of each byte that are not in the future
+        # Bits of each byte that are not in the future.
+        past = (upload(rows, packed.device)[slot] + 1 - 8 * byte).clamp(max=8)
         return cls(num_blocks, rows, picked & ((1 << past) - 1).to(torch.uint8))
 
     def take(self, rows: Tensor, *, absent: bool = False) -> BlockRows:

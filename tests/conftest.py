@@ -73,7 +73,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 return tensor
             if tensor.dtype.is_floating_point:
                 return tensor.detach().fill_(float("nan")).requires_grad_(tensor.requires_grad)
-            if tensor.dtype in (torch.int32, torch.int64):
+            if tensor.dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
                 tensor.fill_(torch.iinfo(tensor.dtype).max)
             return tensor
 

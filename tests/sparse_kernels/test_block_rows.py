@@ -75,6 +75,13 @@ def test_rows_that_are_not_here_are_named() -> None:
             call(torch.tensor([4, 5]))
 
 
+def test_bits_that_are_not_those_of_the_rows_are_refused() -> None:
+    every = BlockRows.of_table(random_table(0, 9))
+    for bits in (every.bits[..., :-1], every.bits.int(), every.bits[0]):
+        with pytest.raises(PatternError, match=r"the rows of these 9 query blocks take uint8 \[B, H, 10\]"):
+            every.with_bits(bits)
+
+
 def test_a_pattern_for_some_queries_serves_them_and_no_others() -> None:
     table, columns = random_table(3, 12), torch.tensor([0, 3, 44], dtype=torch.int32).expand(2, 3, 3)
     whole = SparsePattern(45, 4, columns, blocks=table)
