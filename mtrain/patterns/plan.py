@@ -237,8 +237,8 @@ class PatternPlan:
         if kept.name != keeps.name or kept.bits.shape[2] != expected:
             raise CheckpointError(
                 f"the kept patterns hold {kept.bits.shape[2]} bytes of {kept.name} per head, those of {self.recipe.pattern} at "
-                f"{placement.seq_len} tokens {expected} of {keeps.name}: they were made by another attention.pattern; set "
-                "attention.refresh=every_step, or go on with the pattern that made them"
+                f"{placement.seq_len} tokens {expected} of {keeps.name}: they were made by another attention.pattern or an "
+                "earlier build; set attention.refresh=every_step, or go on with the pattern that made them"
             )
         # A batch of another size re-uses the rows in turn.
         rows = [row % kept.bits.shape[0] for row in range(q.shape[0])]

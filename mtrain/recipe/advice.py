@@ -19,6 +19,11 @@ def warnings(recipe: Recipe) -> list[str]:
         )
     found += _of_pattern(attention, train.seq_len)
     found += _of_chosen_blocks(attention, blocks, ring)
+    if attention.pattern in ("xattention", "moba") and attention.refresh != "every_step" and recipe.data.packing:
+        found.append(
+            f"attention.refresh keeps the blocks that {attention.pattern} chose within the documents of one micro-batch: rows "
+            "whose documents begin elsewhere lose most of theirs; estimate at every_step, or set data.packing=false"
+        )
     if ring > 1 and attention.layout == "contiguous":
         found.append(
             "contiguous layout: causal attention leaves the first rank nearly idle; striped or balanced spread the work"

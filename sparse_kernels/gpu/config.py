@@ -115,8 +115,8 @@ def generation_of(device: torch.device) -> int:
     if device.type == "cpu":
         return HOPPER
     found = torch.cuda.get_device_properties(device)
-    # The name is CUDA's; where it is missing (ROCm) nothing is known to be small.
-    return generation(found.major, getattr(found, "shared_memory_per_block_optin", 1 << 30))
+    # The name is CUDA's; where it is missing (ROCm) shared memory is small.
+    return generation(found.major, getattr(found, "shared_memory_per_block_optin", 0))
 
 
 def row_key(kind: int, head_dim: int, itemsize: int) -> Key:

@@ -166,7 +166,7 @@ def first_entry(entries, begin, end, SUB: tl.constexpr):
 
 @triton.jit
 def entry_after(entries, step, end, SUB: tl.constexpr):
-    """The entry of the next step, or of the last one.
+    """The entry of the next step, or of the last one; to be asked for inside the loop only, where there is one.
 
     Loops read a step ahead because the compiler counts the load of an address as a stage of its own: tiles whose address was loaded
     in the same step are asked for at its end and awaited at once, instead of num_stages - 1 steps later.

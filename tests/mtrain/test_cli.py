@@ -182,6 +182,16 @@ def test_a_large_choice_of_blocks_is_warned_of(plain: str) -> None:
     assert of("attention.pattern=vertical_slash") == []
 
 
+def test_blocks_kept_from_one_micro_batch_of_documents_are_warned_of(plain: str) -> None:
+    def of(*words: str) -> list[str]:
+        return [w for w in warnings(load_recipe(plain, [*words])) if "documents of one micro-batch" in w]
+
+    for name in ("xattention", "moba"):
+        kept = [f"attention={{pattern: {name}, top_k: 2, refresh: frozen}}"]
+        assert len(of(*kept)) == 1 and of(*kept, "data.packing=false") == of(f"attention.pattern={name}") == []
+    assert of("attention.pattern=vertical_slash", "attention.refresh=frozen") == []
+
+
 def test_train_says_what_inspect_warns_of_once(
     trained: list[Recipe], plain: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
