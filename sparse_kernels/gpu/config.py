@@ -64,6 +64,7 @@ _DQ: dict[Key, tuple[Tile, ...]] = {
     (HOPPER, 256, 2): (Tile(32, 32, 8, 1),),
     (HOPPER, 64, 4): (Tile(32, 32, 8, 2),),
     (HOPPER, 128, 4): (Tile(16, 32, 4, 1),),
+    (SMALL, 128, 2): (Tile(64, 32, 4, 3),),
 }
 _DKDV: dict[Key, tuple[Tile, ...]] = {
     (AMPERE, 64, 2): (Tile(32, 128, 8, 3),),
