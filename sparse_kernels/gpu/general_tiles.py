@@ -1,7 +1,7 @@
 """Launch shapes of the general kernels, kept like those of the structured ones in `config`: checked in, never tuned at run time.
 
-In 16 bits three stages, for the reason given in `config`. float32, as three tf32 products, takes many registers: dq of head_dim 128
-spills up to 88 bytes on sm_90 with every small tile that was tried. tests/triton_compile holds the table to this.
+In 16 bits three stages, for the reason given in `config`. float32, as three tf32 products, takes many registers, so its tiles are small.
+tests/triton_compile holds the table to this.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def test_float32_fits() -> None:
     for launch in general_launches(90, 128, torch.float32, 128):
         if launch.name in PRODUCTS:
             found = launch.measure(90)
-            assert found.spills <= (100 if launch.name == "dq_kernel" else 0), (launch.name, found)
+            assert found.spills <= (100 if launch.name == "dq_kernel" and not NEW_TRITON else 0), (launch.name, found)
             assert found.shared <= SHARED_LIMIT[80] and found.tensor_cores, (launch.name, found)
 
 
