@@ -1,6 +1,6 @@
 """Launch shapes of the general kernels, kept like those of the structured ones in `config`: checked in, never tuned at run time.
 
-In 16 bits three stages, for the reason given in `config`. float32, as three tf32 products, takes many registers, so its tiles are small.
+In 16 bits three stages, for the reason given in `config`. float32, as three tf32 products, takes many registers: small tiles.
 tests/triton_compile holds the table to this.
 """
 
